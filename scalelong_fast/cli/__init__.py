@@ -1,0 +1,69 @@
+"""The command ``scalelong-fast``."""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+
+from scalelong_fast.errors import UserError, unknown_name
+from scalelong_fast.version import __version__
+
+#: Commands and what they do; each is a module of this package with a ``main(args) -> int``.
+COMMANDS = {
+    "train": "train a preset into a run folder, or go on with one",
+    "sample": "draw images from a trained run",
+    "models": "list the model presets",
+}
+
+USAGE = """usage: scalelong-fast COMMAND ...
+
+Diffusion models with scaled long skip connections (ScaleLong), fast.
+
+commands:
+{commands}
+
+start here:
+  scalelong-fast train digits-uvit             train on handwritten digits, a few minutes on a laptop
+  scalelong-fast sample runs/digits-uvit --labels 3,7 --out digits.png
+
+Each command explains itself: scalelong-fast COMMAND --help
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        Exit code: 0 done; 1 the run failed (a non-finite loss); 2 bad input or environment, explained on stderr;
+        130 interrupted.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE.format(commands="\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())))
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"scalelong_fast {__version__}")
+        return 0
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        try:
+            if args[0] not in COMMANDS:
+                raise unknown_name("COMMAND", args[0], COMMANDS)
+            return importlib.import_module(f"scalelong_fast.cli.{args[0]}").main(args[1:])
+        except UserError as error:
+            return _fail(str(error), 2)
+        except ImportError as error:
+            return _fail(f'{error}. Install what the command line needs: pip install "scalelong_fast[train]"', 2)
+        except KeyboardInterrupt:
+            return _fail("interrupted", 130)
+        except Exception as error:
+            from scalelong_fast.training import NonFiniteLossError
+
+            if isinstance(error, NonFiniteLossError):
+                return _fail(str(error), 1)
+            raise
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"scalelong-fast: error: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,163 @@
+"""U-ViT (Bao et al., CVPR 2023) with scaled long skip connections (ScaleLong)."""
+
+import torch
+from torch import Tensor, nn
+
+from scalelong_fast.errors import UserError, invalid
+from scalelong_fast.models.config import UViTConfig
+from scalelong_fast.models.hub import HubMixin
+from scalelong_fast.models.layers import Block, PatchEmbed, timestep_embedding, unpatchify
+from scalelong_fast.scaling import LongSkipScaling, create_scaling
+
+
+class UViT(
+    nn.Module,
+    HubMixin,
+    library_name="scalelong_fast",
+    license="apache-2.0",
+    tags=["diffusion", "u-vit", "scalelong"],
+):
+    """Vision transformer with long skips between encoder and decoder; predicts the noise ε.
+
+    Encoder block j = 1 … N feeds long skip i = j; decoder blocks use them last-in first-out, so that the first one
+    merges skip N. Parameter names and shapes are those of the authors' released code; the coefficients live in
+    ``scaling``. Build one with :func:`scalelong_fast.create_model`.
+
+    Args:
+        config: hyperparameters, see :class:`UViTConfig`.
+    """
+
+    def __init__(self, config: UViTConfig):
+        super().__init__()
+        self.config = config
+        dim = config.embed_dim
+        self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, dim)
+        self.time_embed: nn.Module = nn.Identity()
+        if config.mlp_time_embed:
+            self.time_embed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
+        if config.num_classes > 0:
+            self.label_emb = nn.Embedding(config.num_classes, dim)
+        if config.clip_dim > 0:
+            self.context_embed = nn.Linear(config.clip_dim, dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, dim))
+
+        def block(skip: bool = False) -> Block:
+            return Block(
+                dim,
+                config.num_heads,
+                config.mlp_ratio,
+                config.qkv_bias,
+                config.qk_scale,
+                config.attention,
+                skip,
+                config.use_checkpoint,
+            )
+
+        self.in_blocks = nn.ModuleList([block() for _ in range(config.depth // 2)])
+        self.mid_block = block()
+        self.out_blocks = nn.ModuleList([block(config.skip) for _ in range(config.depth // 2)])
+        self.norm = nn.LayerNorm(dim)
+        self.decoder_pred = nn.Linear(dim, config.patch_size**2 * config.in_chans)
+        self.final_layer = nn.Conv2d(config.in_chans, config.in_chans, 3, padding=1) if config.conv else nn.Identity()
+        self.reset_parameters()
+        # After reset_parameters: the gates have an initialisation of their own.
+        self.scaling: LongSkipScaling | None = None
+        if config.skip:
+            self.scaling = create_scaling(
+                config.scaling,
+                num_skips=config.num_skips,
+                widths=config.num_tokens,
+                kappa=config.kappa,
+                reduction=config.reduction,
+                activation=config.activation,
+                init=config.init,
+            )
+
+    def reset_parameters(self) -> None:
+        """The authors' initialisation: truncated normal of std 0.02 for Linears and positions, zero biases."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images the model takes and returns."""
+        return self.config.in_chans, self.config.img_size, self.config.img_size
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """Predict the noise in ``x``.
+
+        Args:
+            x: noisy images or latents ``(B, C, H, W)``.
+            timesteps: ``(B,)`` on the 0…999 scale, whole or fractional (999 t for continuous t in [0, 1]).
+            y: labels ``(B,)`` int64 of a class-conditional model, or text features ``(B, L_text, D_text)`` of a
+                text-conditional one; None for an unconditional model.
+
+        Returns:
+            ε prediction ``(B, C, H, W)`` in the dtype of ``x``.
+
+        Raises:
+            UserError: a shape that does not fit, or a condition missing or unexpected.
+        """
+        self._check_input(x, timesteps, y)
+        config = self.config
+        tokens = [self.time_embed(timestep_embedding(timesteps, config.embed_dim).to(self.pos_embed.dtype))[:, None]]
+        if config.clip_dim > 0:
+            tokens.append(self.context_embed(y))
+        elif config.num_classes > 0:
+            tokens.insert(0, self.label_emb(y)[:, None])
+        h = torch.cat([*tokens, self.patch_embed(x)], dim=1) + self.pos_embed
+        h = h.to(self._residual_dtype(h))
+
+        skips = []
+        for block in self.in_blocks:
+            h = block(h)
+            skips.append(h)
+        h = self.mid_block(h)
+        for block in self.out_blocks:
+            if self.scaling is None:
+                h = block(h)
+                continue
+            i = len(skips)
+            h = block(h, self.scaling(skips.pop(), i))
+
+        patches = self.decoder_pred(self.norm(h)[:, config.extras :])
+        return self.final_layer(unpatchify(patches, config.in_chans)).to(x.dtype)
+
+    def _residual_dtype(self, h: Tensor) -> torch.dtype:
+        # Only bf16 autocast may narrow the stream: fp16 would overflow in deep networks.
+        device = h.device.type
+        narrow = self.config.residual_dtype == "bf16" and torch.is_autocast_enabled(device)
+        if narrow and torch.get_autocast_dtype(device) == torch.bfloat16:
+            return torch.bfloat16
+        return h.dtype
+
+    def _check_input(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> None:
+        config = self.config
+        if x.dim() != 4 or tuple(x.shape[1:]) != self.input_shape:
+            raise invalid("x", tuple(x.shape), f"shape (B, {', '.join(map(str, self.input_shape))})")
+        if timesteps.shape != x.shape[:1]:
+            raise invalid("timesteps", tuple(timesteps.shape), f"one time for each of the {x.shape[0]} images")
+        conditional = config.num_classes > 0 or config.clip_dim > 0
+        if y is None:
+            if conditional:
+                kind = "text features" if config.clip_dim > 0 else "labels"
+                raise invalid("y", None, f"{kind}, since the model is conditional")
+            return
+        if not conditional:
+            raise UserError(f"y: got {tuple(y.shape)}, expected None, since the model is unconditional.")
+        if config.clip_dim > 0:
+            expected = (x.shape[0], config.num_clip_token, config.clip_dim)
+            if tuple(y.shape) != expected:
+                raise invalid("y", tuple(y.shape), f"text features of shape {expected}")
+            return
+        if y.shape != x.shape[:1] or y.is_floating_point():
+            raise invalid("y", f"{y.dtype} {tuple(y.shape)}", f"int64 labels of shape ({x.shape[0]},)")
+        if y.device.type == "cpu" and not torch.compiler.is_compiling() and y.numel():
+            # On a GPU this look would stall the queue; there the embedding's own device assertion catches it.
+            low, high = int(y.min()), int(y.max())
+            if low < 0 or high >= config.num_classes:
+                raise invalid("y", low if low < 0 else high, f"labels in 0 … {config.num_classes - 1}")

@@ -1,0 +1,87 @@
+"""Calibration gates: small networks that turn the pooled skip into a coefficient per channel or token."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scalelong_fast.errors import check_range, unknown_name
+
+ACTIVATIONS = {"relu": F.relu, "elu": F.elu, "mish": F.mish}
+INITS = ("paper", "identity")
+
+# σ(6) = 0.9975: close enough to 1 to leave a trained network undisturbed, with a slope that still learns.
+IDENTITY_LOGIT = 6.0
+
+
+def global_average_pool(skip: Tensor) -> Tensor:
+    """GAP over every dimension but batch and dim 1 (ScaleLong Eq. 9).
+
+    Args:
+        skip: ``(B, N, ...)``, any floating dtype.
+
+    Returns:
+        ``(B, N)`` float32 (float64 for a float64 input).
+    """
+    return skip.mean(dim=tuple(range(2, skip.dim())), dtype=torch.promote_types(skip.dtype, torch.float32))
+
+
+class SEGate(nn.Module):
+    """κ = σ(W_up ψ(W_down · pooled)), the squeeze-and-excitation gate of ScaleLong Eq. 9–11.
+
+    ``down`` and ``up`` are linear layers with bias, as in the authors' released code (there ``layer1``, ``layer2``).
+
+    Args:
+        width: N, the number of channels (UNet) or tokens (U-ViT) that are gated.
+        reduction: r; the hidden width is ⌊N / r⌋ and never less than 1.
+        activation: ψ, one of ``relu``, ``elu``, ``mish``.
+        init: ``paper`` keeps the authors' initialisation (that of ``nn.Linear``, κ around 0.5); ``identity`` starts at
+            κ = 0.9975 for every input, for networks that are already trained.
+    """
+
+    def __init__(self, width: int, reduction: int = 16, activation: str = "relu", init: str = "paper"):
+        super().__init__()
+        check_range("width", width, low=1, integer=True)
+        check_range("reduction", reduction, low=1, integer=True)
+        if activation not in ACTIVATIONS:
+            raise unknown_name("activation", activation, ACTIVATIONS)
+        if init not in INITS:
+            raise unknown_name("init", init, INITS)
+        self.width, self.reduction, self.activation, self.init = width, reduction, activation, init
+        hidden = max(1, width // reduction)
+        self.down = nn.Linear(width, hidden)
+        self.up = nn.Linear(hidden, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as ``init`` says."""
+        self.down.reset_parameters()
+        self.up.reset_parameters()
+        if self.init == "identity":
+            nn.init.zeros_(self.up.weight)
+            nn.init.constant_(self.up.bias, IDENTITY_LOGIT)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Gate of the pooled skip.
+
+        Args:
+            pooled: ``(B, N)``.
+
+        Returns:
+            κ ``(B, N)`` in (0, 1), float32 (float64 for a float64 input) even under autocast: the product is tiny
+            and a κ of 8 bits would cost accuracy for nothing.
+        """
+        with torch.autocast(pooled.device.type, enabled=False):
+            dtype = torch.promote_types(pooled.dtype, torch.float32)
+            hidden = _linear(pooled.to(dtype), self.down)
+            return torch.sigmoid(_linear(ACTIVATIONS[self.activation](hidden), self.up))
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, reduction={self.reduction}, activation={self.activation}, init={self.init}"
+
+
+def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+#: Gates by name; another calibration module is one entry here.
+CALIBRATIONS: dict[str, type[nn.Module]] = {"se": SEGate}

@@ -1,0 +1,28 @@
+"""Configuration, loop, checkpoints."""
+
+from scalelong_fast.training.config import (
+    DataConfig,
+    DiffusionConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from scalelong_fast.training.generate import generate
+from scalelong_fast.training.loop import NonFiniteLossError, Trainer
+from scalelong_fast.training.presets import PRESETS, get_preset, list_presets
+from scalelong_fast.training.run import RunFolder
+
+__all__ = [
+    "PRESETS",
+    "DataConfig",
+    "DiffusionConfig",
+    "NonFiniteLossError",
+    "RunConfig",
+    "RunFolder",
+    "SampleConfig",
+    "TrainConfig",
+    "Trainer",
+    "generate",
+    "get_preset",
+    "list_presets",
+]

@@ -1,0 +1,88 @@
+"""Which device, which precision, compiled or not."""
+
+import shutil
+from dataclasses import dataclass
+
+import torch
+
+from scalelong_fast.errors import UserError, invalid
+from scalelong_fast.training.config import TrainConfig
+
+#: Compiling costs about as much as a few hundred steps of a small model.
+STEPS_THAT_REPAY_COMPILING = 500
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run is executed, resolved from the ``auto`` settings.
+
+    Attributes:
+        device: where model and data live.
+        autocast: dtype of autocast, or None for float32 throughout.
+        compile: whether the loss is compiled.
+        notes: lines for the user about what was not to be had.
+    """
+
+    device: torch.device
+    autocast: torch.dtype | None
+    compile: bool
+    notes: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        precision = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[self.autocast]
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return f"{name}, {precision}, {'compiled' if self.compile else 'eager'}"
+
+
+def resolve_execution(train: TrainConfig) -> Execution:
+    """Resolve ``train.device``, ``train.precision`` and ``train.compile`` on this machine."""
+    device = _device(train.device)
+    notes = []
+    compiled, note = _compile(train)
+    if note:
+        notes.append(note)
+    return Execution(device, _autocast(train.precision, device), compiled, tuple(notes))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise invalid("train.device", name, "auto, cpu, cuda or cuda:<number>") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"train.device: got {name!r}, but {torch.cuda.device_count()} CUDA devices are visible.")
+    return device
+
+
+def cpu_has_native_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices natively; emulation is slower than float32."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def _autocast(precision: str, device: torch.device) -> torch.dtype | None:
+    if precision == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.bfloat16 if device.type == "cpu" and cpu_has_native_bf16() else None
+    if precision == "fp16" and device.type == "cpu":
+        raise invalid("train.precision", "fp16", "bf16 or fp32 on a CPU", "fp16 needs a GPU.")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+
+
+def find_cxx_compiler() -> str | None:
+    """Path of a C++ compiler that torch.compile can use on this machine, or None."""
+    from torch._inductor import config
+
+    candidates = config.cpp.cxx if isinstance(config.cpp.cxx, (tuple, list)) else (config.cpp.cxx,)
+    return next((path for name in (*candidates, "g++", "clang++") if name and (path := shutil.which(name))), None)
+
+
+def _compile(train: TrainConfig) -> tuple[bool, str | None]:
+    if train.compile == "off" or (train.compile == "auto" and train.steps < STEPS_THAT_REPAY_COMPILING):
+        return False, None
+    if find_cxx_compiler() is None:
+        return False, "No C++ compiler found: training eagerly, without torch.compile (install g++ to speed it up)."
+    return True, None

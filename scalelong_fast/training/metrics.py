@@ -1,0 +1,108 @@
+"""Metrics of a run: JSON lines, TensorBoard, and the window of steps that a line averages over."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LossWindow:
+    """Mean loss since the last log, and the first non-finite step, both on the device.
+
+    Reading is the only place where the host waits. The state travels in checkpoints, so that the lines written after
+    a resume equal those of an uninterrupted run.
+    """
+
+    def __init__(self, device: torch.device):
+        self.total = torch.zeros((), dtype=torch.float64, device=device)
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self.count = 0
+
+    def add(self, step: int, loss: Tensor) -> None:
+        """Add the loss of ``step``, a 0-dim device tensor; queues work and returns."""
+        self.total += loss
+        self.count += 1
+        newly_bad = (self.first_bad < 0) & ~torch.isfinite(loss)
+        self.first_bad.masked_fill_(newly_bad, step)
+
+    def first_bad_step(self) -> int | None:
+        """First step with a non-finite loss, or None (waits for the device)."""
+        step = int(self.first_bad)
+        return None if step < 0 else step
+
+    def mean(self) -> float:
+        """Mean loss of the window (waits for the device)."""
+        return float(self.total) / max(self.count, 1)
+
+    def reset(self) -> None:
+        self.total.zero_()
+        self.count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total.copy_(state["total"])
+        self.count = state["count"]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``; a torn last line (the process was killed) is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+class MetricsLog:
+    """Appends rows to ``metrics.jsonl`` and TensorBoard.
+
+    Args:
+        path: the JSON-lines file.
+        step: rows after this step are cut, as are rows of windows that a finished shorter run had closed early.
+        tensorboard: folder for event files, or None.
+    """
+
+    def __init__(self, path: Path, step: int, tensorboard: Path | None = None):
+        rows = [row for row in read_metrics(path) if row["step"] <= step and not row.get("partial")]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(temporary, path)
+        self.rows = rows
+        self._file = open(path, "a")  # noqa: SIM115 - lives as long as the run
+        self._writer = None
+        if tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(tensorboard), purge_step=step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; it is on its way to disk when this returns."""
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for key in ("loss", "lr", "images_per_second"):
+                self._writer.add_scalar(key, row[key], row["step"])
+
+    def image(self, step: int, grid: Any) -> None:
+        """Add an (H, W, C) uint8 picture to TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_image("samples", grid, step, dataformats="HWC")
+
+    def sync(self) -> None:
+        """Force the rows to disk: a checkpoint must never be newer than its metrics."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()

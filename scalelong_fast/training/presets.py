@@ -1,0 +1,53 @@
+"""Named runs: what ``scalelong-fast train PRESET`` starts from."""
+
+from scalelong_fast.errors import unknown_name
+from scalelong_fast.models import model_config
+from scalelong_fast.training.config import DataConfig, DiffusionConfig, RunConfig, SampleConfig, TrainConfig
+
+#: Runs by name, each with a line that describes it.
+PRESETS: dict[str, tuple[str, RunConfig]] = {
+    "digits-uvit": (
+        "class-conditional U-ViT with LS on 8x8 handwritten digits; minutes on a laptop",
+        RunConfig(
+            model=model_config("uvit_digits"),
+            data=DataConfig(name="digits"),
+            diffusion=DiffusionConfig(label_dropout=0.1),
+            train=TrainConfig(
+                steps=6000,
+                batch_size=64,
+                lr=3e-3,
+                betas=(0.9, 0.99),
+                weight_decay=0.03,
+                warmup_steps=200,
+                decay_steps=6000,
+                ema_decay=0.995,
+                log_every=100,
+                save_every=1000,
+            ),
+            sample=SampleConfig(sampler="dpm-solver++", steps=50, guidance=1.5),
+        ),
+    ),
+    "cifar10-uvit": (
+        "U-ViT-S/2 with LS on CIFAR-10, the paper's settings (500k steps of batch 128)",
+        RunConfig(
+            model=model_config("uvit_s2"),
+            data=DataConfig(name="cifar10", flip=True),
+            train=TrainConfig(
+                steps=500_000, batch_size=128, lr=2e-4, betas=(0.99, 0.999), warmup_steps=2500, save_every=10_000
+            ),
+            sample=SampleConfig(sampler="dpm-solver++", steps=50),
+        ),
+    ),
+}
+
+
+def list_presets() -> list[str]:
+    """Names of the presets."""
+    return list(PRESETS)
+
+
+def get_preset(name: str) -> RunConfig:
+    """The run called ``name``; an unknown name raises with the nearest ones."""
+    if name not in PRESETS:
+        raise unknown_name("preset", name, PRESETS)
+    return PRESETS[name][1]
