@@ -30,9 +30,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torn zips, foreign pickles and missing files raise a dozen different types
         raise UserError(f"path: could not read {str(path)!r} ({type(error).__name__}: {error}).") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not _holds_tensors(state):
         raise invalid("path", str(path), "a file that holds a state dict, i.e. tensors by parameter name")
     return dict(state)
+
+
+def _holds_tensors(state: object) -> bool:
+    return isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values())
 
 
 def convert_uvit_keys(state_dict: Mapping[str, Tensor], num_skips: int) -> dict[str, Tensor]:
@@ -67,6 +71,10 @@ def load_uvit_checkpoint(model: UViT, path_or_state_dict: str | Path | Mapping[s
         UserError: unreadable file, or names and shapes that differ; the model is then unchanged.
     """
     source = path_or_state_dict
+    if isinstance(source, Mapping) and not _holds_tensors(source):
+        raise UserError(
+            "state_dict: holds values that are no tensors; expected a state dict, i.e. tensors by parameter name."
+        )
     state = dict(source) if isinstance(source, Mapping) else read_state_dict(source)
     state = convert_uvit_keys(state, model.config.num_skips)
     own = model.state_dict()

@@ -21,7 +21,7 @@ def require_backend(name: str) -> None:
 
 def _math(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     logits = (q @ k.transpose(-2, -1)) * scale
-    return logits.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
+    return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(v.dtype) @ v
 
 
 class Attention(nn.Module):

@@ -5,6 +5,7 @@ from typing import Literal
 
 from scalelong_fast.errors import check_range, invalid, unknown_name
 from scalelong_fast.scaling import resolve_scaling
+from scalelong_fast.scaling.gates import ACTIVATIONS, INITS
 
 ATTENTION_BACKENDS = ("sdpa", "xformers", "math")
 
@@ -61,8 +62,9 @@ class UViTConfig:
     """Dtype of the residual stream while training or sampling under bf16 autocast."""
 
     def __post_init__(self) -> None:
-        for field in ("img_size", "patch_size", "in_chans", "embed_dim", "num_heads", "num_clip_token", "reduction"):
+        for field in ("img_size", "patch_size", "in_chans", "num_heads", "num_clip_token", "reduction"):
             check_range(field, getattr(self, field), low=1, integer=True)
+        check_range("embed_dim", self.embed_dim, low=2, integer=True)
         check_range("depth", self.depth, low=2, integer=True)
         check_range("mlp_ratio", self.mlp_ratio, low=0, low_open=True)
         check_range("num_classes", self.num_classes, low=-1, integer=True)
@@ -80,6 +82,10 @@ class UViTConfig:
         if self.num_classes > 0 and self.clip_dim > 0:
             raise invalid("clip_dim", self.clip_dim, "0 in a class-conditional model", "Drop one of the conditions.")
         resolve_scaling(self.scaling)
+        if self.activation not in ACTIVATIONS:
+            raise unknown_name("activation", self.activation, ACTIVATIONS)
+        if self.init not in INITS:
+            raise unknown_name("init", self.init, INITS)
         if self.attention not in ATTENTION_BACKENDS:
             raise unknown_name("attention", self.attention, ATTENTION_BACKENDS)
         if self.residual_dtype not in ("bf16", "fp32"):

@@ -1,5 +1,7 @@
 """Saving and loading of models, through huggingface_hub where it is installed."""
 
+from scalelong_fast.errors import UserError
+
 try:
     from huggingface_hub import PyTorchModelHubMixin as HubMixin
 except ImportError:  # importing the library needs torch and einops only
@@ -11,10 +13,10 @@ except ImportError:  # importing the library needs torch and einops only
             super().__init_subclass__()
 
         def save_pretrained(self, *args: object, **kwargs: object) -> None:
-            raise ImportError(_MEND.format("save_pretrained"))
+            raise UserError(_MEND.format("save_pretrained"))
 
         @classmethod
         def from_pretrained(cls, *args: object, **kwargs: object) -> None:
-            raise ImportError(_MEND.format("from_pretrained"))
+            raise UserError(_MEND.format("from_pretrained"))
 
     _MEND = '{} needs huggingface_hub and safetensors: pip install "scalelong_fast[train]"'

@@ -59,8 +59,8 @@ class UViT(
         self.norm = nn.LayerNorm(dim)
         self.decoder_pred = nn.Linear(dim, config.patch_size**2 * config.in_chans)
         self.final_layer = nn.Conv2d(config.in_chans, config.in_chans, 3, padding=1) if config.conv else nn.Identity()
-        self.reset_parameters()
-        # After reset_parameters: the gates have an initialisation of their own.
+        self._initialize()
+        # After _initialize: the gates have an initialisation of their own.
         self.scaling: LongSkipScaling | None = None
         if config.skip:
             self.scaling = create_scaling(
@@ -73,7 +73,7 @@ class UViT(
                 init=config.init,
             )
 
-    def reset_parameters(self) -> None:
+    def _initialize(self) -> None:
         """The authors' initialisation: truncated normal of std 0.02 for Linears and positions, zero biases."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
@@ -130,7 +130,8 @@ class UViT(
     def _residual_dtype(self, h: Tensor) -> torch.dtype:
         # Only bf16 autocast may narrow the stream: fp16 would overflow in deep networks.
         device = h.device.type
-        narrow = self.config.residual_dtype == "bf16" and torch.is_autocast_enabled(device)
+        narrow = self.config.residual_dtype == "bf16" and torch.amp.is_autocast_available(device)
+        narrow = narrow and torch.is_autocast_enabled(device)
         if narrow and torch.get_autocast_dtype(device) == torch.bfloat16:
             return torch.bfloat16
         return h.dtype
@@ -154,7 +155,7 @@ class UViT(
             if tuple(y.shape) != expected:
                 raise invalid("y", tuple(y.shape), f"text features of shape {expected}")
             return
-        if y.shape != x.shape[:1] or y.is_floating_point():
+        if y.shape != x.shape[:1] or y.dtype not in (torch.int64, torch.int32):
             raise invalid("y", f"{y.dtype} {tuple(y.shape)}", f"int64 labels of shape ({x.shape[0]},)")
         if y.device.type == "cpu" and not torch.compiler.is_compiling() and y.numel():
             # On a GPU this look would stall the queue; there the embedding's own device assertion catches it.

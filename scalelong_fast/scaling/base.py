@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from scalelong_fast.errors import check_range
+from scalelong_fast.errors import check_range, invalid
 
 Kappa = float | Tensor
 
@@ -24,8 +24,8 @@ def scale_skip(skip: Tensor, kappa: Kappa) -> Tensor:
     """
     if isinstance(kappa, float):
         return skip if kappa == 1.0 else skip * kappa
-    if kappa.dim() > 0:
-        kappa = kappa.reshape(*kappa.shape, *(1,) * (skip.dim() - 2))
+    # A 0-dim tensor takes no part in type promotion: given a dimension, κ and its gradient stay in float32.
+    kappa = kappa.reshape(*kappa.shape, *(1,) * (skip.dim() - 2)) if kappa.dim() > 0 else kappa.reshape(1)
     return (skip * kappa).to(skip.dtype)
 
 
@@ -66,9 +66,11 @@ class LongSkipScaling(nn.Module):
         Returns:
             float for constants, 0-dim tensor for free coefficients, ``(B, N_i)`` float32 for gates.
         """
+        if not 1 <= i <= self.num_skips:
+            raise invalid("i", i, f"the index of a long skip, 1 (outermost) to {self.num_skips} (innermost)")
         kappa = self.coefficient(i, skip, pooled)
         if self._recorded is not None:
-            self._recorded[i] = kappa.detach() if isinstance(kappa, Tensor) else torch.tensor(kappa)
+            self._recorded[i] = kappa.detach().clone() if isinstance(kappa, Tensor) else torch.tensor(kappa)
         return kappa
 
     def forward(self, skip: Tensor, i: int, pooled: Tensor | None = None) -> Tensor:

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from scalelong_fast.errors import unknown_name
 from scalelong_fast.scaling.base import LongSkipScaling
@@ -29,7 +28,7 @@ def list_scalings() -> list[str]:
 
 def resolve_scaling(name: str) -> str:
     """The canonical form of a scaling's name; an unknown one raises with the nearest names."""
-    key = str(name).lower().replace("_", "-")
+    key = name.lower().replace("_", "-") if isinstance(name, str) else None
     if key not in SCALINGS:
         raise unknown_name("scaling", name, SCALINGS)
     return key
@@ -41,7 +40,10 @@ def create_scaling(
     num_skips: int,
     widths: int | Sequence[int],
     kappa: float | None = None,
-    **gate_options: Any,
+    calibration: str = "se",
+    reduction: int = 16,
+    activation: str = "relu",
+    init: str = "paper",
 ) -> LongSkipScaling:
     """Build the coefficients κ_1 … κ_N of a network's long skip connections.
 
@@ -66,5 +68,5 @@ def create_scaling(
         check_kappa(kappa)
         warnings.warn(f"kappa = {kappa:g} has no effect on scaling {key!r}.", stacklevel=2)
     if issubclass(cls, LearnableScaling):
-        return cls(num_skips, widths, **gate_options)
+        return cls(num_skips, widths, calibration, reduction=reduction, activation=activation, init=init)
     return cls(num_skips, kappa) if has_kappa else cls(num_skips)

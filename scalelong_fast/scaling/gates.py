@@ -1,5 +1,7 @@
 """Calibration gates: small networks that turn the pooled skip into a coefficient per channel or token."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +24,8 @@ def global_average_pool(skip: Tensor) -> Tensor:
     Returns:
         ``(B, N)`` float32 (float64 for a float64 input).
     """
+    if skip.dim() == 2:  # an empty list of dimensions would mean all of them
+        return skip.to(torch.promote_types(skip.dtype, torch.float32))
     return skip.mean(dim=tuple(range(2, skip.dim())), dtype=torch.promote_types(skip.dtype, torch.float32))
 
 
@@ -70,7 +74,10 @@ class SEGate(nn.Module):
             κ ``(B, N)`` in (0, 1), float32 (float64 for a float64 input) even under autocast: the product is tiny
             and a κ of 8 bits would cost accuracy for nothing.
         """
-        with torch.autocast(pooled.device.type, enabled=False):
+        device = pooled.device.type
+        # The meta device knows no autocast.
+        exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+        with exact:
             dtype = torch.promote_types(pooled.dtype, torch.float32)
             hidden = _linear(pooled.to(dtype), self.down)
             return torch.sigmoid(_linear(ACTIVATIONS[self.activation](hidden), self.up))

@@ -1,0 +1,1 @@
+"""Measurements behind the tables of README.md; ``python -m benchmarks`` explains itself."""

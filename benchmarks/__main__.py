@@ -1,0 +1,57 @@
+"""``python -m benchmarks``."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from scalelong_fast.errors import UserError, unknown_name
+
+#: Commands and what they do; each is a module of this package with a ``main(args) -> int``.
+COMMANDS = {
+    "step": "time a whole training step against the authors' recipe",
+    "stream": "compare a bf16 with an fp32 residual stream by the loss reached on digits",
+    "report": "rewrite the tables of README.md from the result files",
+}
+
+USAGE = """usage: python -m benchmarks COMMAND ...
+
+Measurements behind the tables of README.md. Results go to benchmarks/results/<machine>/<table>.json.
+
+commands:
+{commands}
+
+start here, with nothing else running on the machine:
+  python -m benchmarks step
+  python -m benchmarks report
+
+Each command explains itself: python -m benchmarks COMMAND --help
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        Exit code: 0 done; 1 a check failed; 2 bad input or environment, explained on stderr; 130 interrupted.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE.format(commands="\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())))
+        return 0 if args else 2
+    try:
+        if args[0] not in COMMANDS:
+            raise unknown_name("COMMAND", args[0], COMMANDS)
+        return importlib.import_module(f"benchmarks.{args[0]}").main(args[1:])
+    except UserError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"benchmarks: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,194 @@
+"""``python -m benchmarks report``: the tables of README.md, from the result files."""
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import RESULTS, ROOT, source_hash
+from scalelong_fast.errors import UserError, unknown_name
+
+README = ROOT / "README.md"
+NOT_MEASURED = "not measured yet"
+STALE = " (stale)"
+
+_OPEN = re.compile(r"<!-- benchmark:([\w-]+) -->")
+_LABELS = {
+    "authors_fp32": "authors' recipe, fp32",
+    "authors_bf16": "authors' recipe, bf16 autocast",
+    "authors_compile_bf16": "authors' recipe, bf16 autocast, model compiled",
+    "ours": "scalelong_fast",
+    "ours_none": "scalelong_fast, no scaling",
+    "ours_eager": "scalelong_fast, eager",
+}
+
+
+def is_stale(record: dict[str, Any], root: Path = ROOT) -> bool:
+    """Whether a source of the record has changed, or gone, since it was measured."""
+    return source_hash(record["sources"], root) != record["source_sha256"]
+
+
+def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table whose first column is text and whose others are right-aligned."""
+    rule = ["---"] + ["---:"] * (len(headings) - 1)
+    return [f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows)]
+
+
+def _conditions(result: dict[str, Any]) -> str:
+    where = result["environment"]
+    device = where["cpu_model"] if where["device"] == "cpu" else where["device"]
+    cuda = f", CUDA {where['cuda']}" if where["cuda"] else f", {where['threads']} threads on {where['cores']} cores"
+    versions = f"PyTorch {where['torch']}, Python {where['python']}"
+    limits = result["ceilings"]
+    products = ", ".join(f"{value:.3g} TFLOP/s {dtype}" for dtype, value in limits["matmul_tflop_s"].items())
+    return (
+        f"{device}{cuda}; {versions}; {where['date']}. Measured limits of the machine: {limits['copy_gb_s']:.3g} GB/s "
+        f"copy, {products} matrix product."
+    )
+
+
+def step_table(result: dict[str, Any], root: Path = ROOT) -> list[str]:
+    """Markdown of ``step.json``."""
+
+    def ratio(record: dict[str, Any], reference: str) -> str:
+        value = record[f"ratio_to_{reference}"]
+        by_round = record[f"round_ratio_to_{reference}"]
+        return "–" if value is None else f"{value:.2f} ({by_round:.2f})"
+
+    rows = [
+        [
+            _LABELS.get(record["variant"], record["variant"]) + (STALE if is_stale(record, root) else ""),
+            record["dtype"],
+            f"{record['median_us'] / 1e3:.4g}",
+            f"{record['p20_us'] / 1e3:.4g} – {record['p80_us'] / 1e3:.4g}",
+            f"{record['images_per_second']:.4g}",
+            ratio(record, "authors_fp32"),
+            ratio(record, "authors_bf16"),
+            f"{record['rel_error']:.1e}",
+        ]
+        for record in result["records"]
+    ]
+    headings = (
+        "training step",
+        "dtype",
+        "median ms",
+        "p20 – p80 ms",
+        "images/s",
+        "speed-up over authors fp32",
+        "over authors bf16",
+        "loss error",
+    )
+    first = result["records"][0]
+    size = " × ".join(map(str, first["shape"]))
+    settings = result["settings"]
+    notes = [
+        f"{first['model']}, batch {size}; {settings['rounds']} interleaved rounds of {settings['steps_per_round']} "
+        "steps. Speed-up: ratio of medians (median of the rounds' ratios). Loss error: relative, of the first loss "
+        "against the authors' recipe in fp32 from equal weights, images, times and noise."
+    ]
+    tax = next((r["round_ratio_to_ours_none"] for r in result["records"] if r["variant"] == "ours"), None)
+    if tax is not None:
+        notes.append(f"LS makes our step {100 * (1 / tax - 1):+.1f} % longer than no scaling does.")
+    return [*_markdown(headings, rows), "", " ".join(notes), "", _conditions(result)]
+
+
+def stream_summary(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Rows (dtype, seeds, loss, loss minus fp32's of the same seed), each as mean ± standard deviation."""
+    losses = {(record["dtype"], record["seed"]): record["loss"] for record in records}
+    rows = []
+    for dtype in dict.fromkeys(record["dtype"] for record in records):
+        own = {seed: loss for (kind, seed), loss in losses.items() if kind == dtype}
+        paired = [loss - losses["fp32", seed] for seed, loss in own.items() if ("fp32", seed) in losses]
+        difference = "–" if dtype == "fp32" or not paired else _spread(paired, "+.6f")
+        rows.append([dtype, str(len(own)), _spread(list(own.values()), ".6f"), difference])
+    return rows
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    mean = format(statistics.fmean(values), form)
+    return f"{mean} ± {statistics.stdev(values):.6f}" if len(values) > 1 else mean
+
+
+def residual_dtype_table(result: dict[str, Any], root: Path = ROOT) -> list[str]:
+    """Markdown of ``residual_dtype.json``."""
+    stale = {record["dtype"] for record in result["records"] if is_stale(record, root)}
+    rows = [[dtype + STALE * (dtype in stale), *rest] for dtype, *rest in stream_summary(result["records"])]
+    headings = ("residual stream", "seeds", "loss, mean ± sd", "minus fp32 of the same seed, mean ± sd")
+    settings = result["settings"]
+    note = (
+        f"{settings['preset']}, {settings['steps']} steps under {settings['autocast']} autocast; loss of the averaged "
+        f"weights over all images at {settings['evaluation_passes']} fixed times and noises each, in fp32."
+    )
+    return [*_markdown(headings, rows), "", note, "", _conditions(result)]
+
+
+#: Tables by the name of their marker and result file; a new one is a function and a line here.
+TABLES: dict[str, Callable[[dict[str, Any], Path], list[str]]] = {
+    "step": step_table,
+    "residual_dtype": residual_dtype_table,
+}
+
+
+def render(name: str, results: Path = RESULTS, root: Path = ROOT) -> str:
+    """Markdown of one table for every machine that has its result file.
+
+    Raises:
+        UserError: unknown table, or a result file that cannot be read.
+    """
+    if name not in TABLES:
+        raise unknown_name("benchmark", name, TABLES)
+    parts = []
+    for path in sorted(results.glob(f"*/{name}.json")):
+        try:
+            parts.append("\n".join(TABLES[name](json.loads(path.read_text(encoding="utf-8")), root)))
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(
+                f"{path.parent.name}/{path.name}: not a result of this benchmark ({type(error).__name__}: {error}). "
+                "Measure it again, or delete it."
+            ) from error
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def updated(text: str, results: Path = RESULTS, root: Path = ROOT) -> str:
+    """``text`` with what stands between each pair of markers replaced by the table they name.
+
+    Raises:
+        UserError: a marker without its end, an unknown table, or a broken result file.
+    """
+    pieces, position = [], 0
+    while match := _OPEN.search(text, position):
+        name = match[1]
+        closing = f"<!-- /benchmark:{name} -->"
+        end = text.find(closing, match.end())
+        following = _OPEN.search(text, match.end())
+        if end < 0 or (following and following.start() < end):
+            raise UserError(f"README.md: marker {match[0]} has no {closing} before the next marker. Put one in.")
+        pieces += [text[position : match.end()], "\n", render(name, results, root), "\n", closing]
+        position = end + len(closing)
+    return "".join(pieces) + text[position:]
+
+
+def main(args: Sequence[str], *, readme: Path = README, results: Path = RESULTS, root: Path = ROOT) -> int:
+    """Run the command; returns the exit code. The keywords point it at other files."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks report",
+        description="Rewrite the tables between <!-- benchmark:NAME --> and <!-- /benchmark:NAME --> in README.md. "
+        f"Tables: {', '.join(TABLES)}. Rows whose sources have changed since are marked as stale.",
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if README.md would change")
+    options = parser.parse_args(args)
+    old = readme.read_text(encoding="utf-8")
+    new = updated(old, results, root)
+    if options.check:
+        print("README.md is in sync." if new == old else "README.md is out of date: run python -m benchmarks report")
+        return int(new != old)
+    if new != old:
+        readme.write_text(new, encoding="utf-8")
+    print("README.md rewritten." if new != old else "README.md was in sync already.")
+    for name in TABLES:
+        if f"<!-- benchmark:{name} -->" not in new:
+            print(f"README.md has no <!-- benchmark:{name} --> marker, so table {name} is shown nowhere.")
+    return 0

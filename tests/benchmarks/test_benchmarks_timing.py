@@ -1,0 +1,99 @@
+"""Timing: statistics, order of the visits, machine description."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import environment
+from benchmarks.timing import Summary, interleave, round_speed_up, speed_up, summarize
+
+CPU = torch.device("cpu")
+
+
+class FakeClock:
+    """A clock that only the steps move."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def step(self, seconds):
+        def take():
+            self.now += seconds
+
+        return take
+
+
+def test_percentiles():
+    assert summarize([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == Summary(median=3.5, p20=2.0, p80=5.0)
+
+
+def test_speed_ups():
+    reference, times = [2.0, 4.0, 30.0], [1.0, 1.0, 10.0]
+    assert speed_up(reference, times) == 4.0
+    assert round_speed_up(reference, times) == 3.0
+
+
+def test_rounds_must_match():
+    with pytest.raises(ValueError, match="zip"):
+        round_speed_up([1.0], [1.0, 2.0])
+
+
+def test_each_round_visits_each_variant_and_reports_seconds_per_step():
+    clock, visits = FakeClock(), []
+    variants = {name: clock.step(seconds) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
+    times = interleave(variants, rounds=4, steps=5, tick=visits.append, clock=clock)
+    assert times == {"a": [1.0] * 4, "b": [2.0] * 4, "c": [4.0] * 4}
+    assert visits == [*"abc", *"bca", *"cab", *"abc"]
+    assert clock.now == 4 * (5 + 1) * 7.0, "one untimed step a visit"
+
+
+def test_the_device_is_waited_for_before_the_clock_is_read():
+    events = []
+    interleave(
+        {"a": lambda: events.append("step")},
+        rounds=1,
+        steps=2,
+        wait=lambda: events.append("wait"),
+        clock=lambda: events.append("clock") or 0.0,
+    )
+    assert events == ["step", "wait", "clock", "step", "step", "wait", "clock"]
+
+
+def test_environment_names_machine_and_versions_and_nobody():
+    where = environment.describe(CPU)
+    assert where["machine"].startswith("cpu-")
+    assert where["machine"] == environment.slug(where["machine"])
+    assert where["torch"] == torch.__version__
+    assert where["threads"] == torch.get_num_threads()
+    assert where["cores"] >= 1
+    assert set(where) == {
+        *("machine", "device", "cpu_model", "cpu_capability", "cores", "threads", "system"),
+        *("python", "torch", "cuda", "scalelong_fast", "date"),
+    }
+    assert str(environment.ROOT) not in json.dumps(where)
+
+
+def test_slug():
+    assert environment.slug("NVIDIA H200") == "nvidia-h200"
+    assert environment.slug("Intel(R) Xeon(R) CPU @ 2.20GHz") == "intel-r-xeon-r-cpu-2-20ghz"
+
+
+def test_ceilings_are_positive():
+    limits = environment.ceilings(CPU, seconds=0.01)
+    assert limits["copy_gb_s"] > 0
+    assert set(limits["matmul_tflop_s"]) == {"fp32", "bf16"}
+    assert all(value > 0 for value in limits["matmul_tflop_s"].values())
+
+
+def test_source_hash_is_that_of_the_bytes_in_order(tmp_path):
+    import hashlib
+
+    (tmp_path / "a").write_bytes(b"one")
+    (tmp_path / "b").write_bytes(b"two")
+    assert environment.source_hash(["a", "b"], tmp_path) == hashlib.sha256(b"onetwo").hexdigest()[:12]
+    assert environment.source_hash(["b", "a"], tmp_path) == hashlib.sha256(b"twoone").hexdigest()[:12]
+    assert environment.source_hash(["a", "missing"], tmp_path) is None

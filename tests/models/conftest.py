@@ -1,0 +1,45 @@
+"""A tiny U-ViT configuration of each kind, and inputs for it."""
+
+import pytest
+import torch
+
+from scalelong_fast.models import UViTConfig
+
+KINDS = {
+    "unconditional": {},
+    "class": {"num_classes": 7},
+    "text": {"clip_dim": 12, "num_clip_token": 5},
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny():
+    """``tiny(kind, **overrides)``: a config of two long skips, 8×8 images and 16 patches."""
+
+    def make(kind="unconditional", **overrides):
+        sizes = {"img_size": 8, "patch_size": 2, "in_chans": 3, "embed_dim": 32, "depth": 4, "num_heads": 4}
+        return UViTConfig(**(sizes | {"reduction": 4} | KINDS[kind] | overrides))
+
+    return make
+
+
+@pytest.fixture
+def batch_for():
+    """``batch_for(config, size)``: images, times and the condition (or None)."""
+
+    def make(config, size=3):
+        x = torch.randn(size, config.in_chans, config.img_size, config.img_size)
+        timesteps = torch.linspace(0.5, 999, size)
+        y = None
+        if config.clip_dim > 0:
+            y = torch.randn(size, config.num_clip_token, config.clip_dim)
+        elif config.num_classes > 0:
+            y = torch.arange(size) % config.num_classes
+        return x, timesteps, y
+
+    return make

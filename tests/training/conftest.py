@@ -1,0 +1,176 @@
+"""Tiny runs on the digits, and comparisons that several files share."""
+
+import dataclasses
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+from scalelong_fast.data import ImageDataset
+from scalelong_fast.diffusion import create_schedule
+from scalelong_fast.models import UViT
+from scalelong_fast.training import Trainer, get_preset
+from scalelong_fast.training.checkpoint import CheckpointFolder
+from scalelong_fast.training.hardware import resolve_execution
+from scalelong_fast.training.metrics import read_metrics
+from scalelong_fast.training.step import TrainStep
+
+TINY = {
+    "model.embed_dim": 16,
+    "model.depth": 2,
+    "model.num_heads": 2,
+    "train.steps": 10,
+    "train.batch_size": 8,
+    "train.warmup_steps": 3,
+    "train.decay_steps": 12,
+    "train.ema_decay": 0.9,
+    "train.log_every": 3,
+    "train.save_every": 4,
+    "train.device": "cpu",
+    "train.precision": "fp32",
+    "train.compile": "off",
+    "train.tensorboard": False,
+    "sample.sampler": "ddim",
+    "sample.steps": 1,
+    "sample.grid": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Models of this size lose by a second thread, and badly so on a busy computer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """``tiny({"train.steps": 4})``: the digits preset at toy size, with dotted overrides."""
+
+    def build(overrides=None, preset="digits-uvit"):
+        sections = {}
+        for name, value in {**TINY, **(overrides or {})}.items():
+            section, field = name.split(".")
+            sections.setdefault(section, {})[field] = value
+        config = get_preset(preset)
+        replaced = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+        return dataclasses.replace(config, **replaced)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def train():
+    """``train(config, out)``: run a Trainer and return (step reached, what it said)."""
+
+    def run(config, out, name="digits-uvit"):
+        said = io.StringIO()
+        reached = Trainer(config, out, name, Console(file=said, width=80)).run()
+        return reached, said.getvalue()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def last_state():
+    """``last_state(out)``: (step, state) of the newest checkpoint of a run folder."""
+
+    def read(out):
+        folder = CheckpointFolder(out / "checkpoints")
+        step = folder.steps()[-1]
+        return step, folder.load(step)
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def assert_same():
+    """Assert that two nests of dicts, lists and tensors agree bit for bit."""
+
+    def compare(a, b, where="state"):
+        assert type(a) is type(b), where
+        if isinstance(a, dict):
+            assert list(a) == list(b), where
+            for key in a:
+                compare(a[key], b[key], f"{where}.{key}")
+        elif isinstance(a, (list, tuple)):
+            assert len(a) == len(b), where
+            for index, (x, y) in enumerate(zip(a, b, strict=True)):
+                compare(x, y, f"{where}[{index}]")
+        elif isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype, where
+            assert torch.equal(a, b), where
+        else:
+            assert a == b, where
+
+    return compare
+
+
+@pytest.fixture(scope="session")
+def history():
+    """``history(out)``: (step, loss, lr) of every row of ``metrics.jsonl``, partial rows marked."""
+
+    def rows(out):
+        return [
+            (row["step"], row["loss"], row["lr"], row.get("partial", False))
+            for row in read_metrics(out / "metrics.jsonl")
+        ]
+
+    return rows
+
+
+@pytest.fixture(scope="session")
+def tree():
+    """``tree(folder)``: every file below a folder with its bytes, to see that nothing changed."""
+
+    def read(folder):
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def make_step():
+    """``make_step(config)``: a TrainStep on a fresh model, always from the same weights."""
+
+    def build(config, execution=None):
+        torch.manual_seed(config.train.seed)
+        model = UViT(config.model)
+        return TrainStep(
+            model, create_schedule(config.diffusion.schedule), config, execution or resolve_execution(config.train)
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def toy_images():
+    """97 images of 1×8×8 whose pixels say which image they are (and which way round), with labels 0 … 9."""
+    count = 97
+    images = torch.arange(8).repeat(count, 1, 8, 1) + torch.arange(count).view(-1, 1, 1, 1)
+    labels = torch.arange(count) % 10
+    return ImageDataset("toy", images.to(torch.uint8).contiguous(), labels, 10, tuple("0123456789"))
+
+
+@pytest.fixture(scope="session")
+def python():
+    """``python(code, *args)``: run code in a process of its own, with this process's number of threads."""
+
+    def run(code, *args):
+        env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(
+            [sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True, timeout=120
+        )
+
+    return run

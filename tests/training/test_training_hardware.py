@@ -1,0 +1,90 @@
+"""Device, precision and compilation, resolved from ``auto``."""
+
+import pytest
+import torch
+
+import scalelong_fast.training.hardware as hardware
+from scalelong_fast.errors import UserError
+from scalelong_fast.training import TrainConfig
+from scalelong_fast.training.hardware import resolve_execution
+
+
+def resolve(**settings):
+    return resolve_execution(TrainConfig(**{"device": "cpu", "compile": "off", **settings}))
+
+
+class TestDevice:
+    def test_auto_is_a_gpu_where_there_is_one(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert resolve(device="auto").device.type == "cpu"
+
+    @pytest.mark.parametrize("name", ["gpu", "cuda:99", "cuda:x", "", "mps", "meta"])
+    def test_a_device_that_is_not_there_is_refused_by_name(self, name, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        with pytest.raises(UserError, match=rf"^train\.device: got '{name}'"):
+            resolve(device=name)
+
+    def test_cuda_without_a_gpu_is_refused(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        with pytest.raises(UserError, match=r"^train\.device: got 'cuda', but 0 CUDA devices are visible"):
+            resolve(device="cuda")
+
+
+class TestPrecision:
+    @pytest.mark.parametrize(("precision", "dtype"), [("fp32", None), ("bf16", torch.bfloat16)])
+    def test_an_explicit_precision_is_taken(self, precision, dtype):
+        assert resolve(precision=precision).autocast is dtype
+
+    @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, None)])
+    def test_auto_on_a_cpu_is_bf16_only_where_it_is_native(self, monkeypatch, native, dtype):
+        monkeypatch.setattr(hardware, "cpu_has_native_bf16", lambda: native)
+        assert resolve(precision="auto").autocast is dtype
+
+    def test_fp16_needs_a_gpu(self):
+        with pytest.raises(UserError, match=r"train\.precision: got 'fp16', expected bf16 or fp32 on a CPU"):
+            resolve(precision="fp16")
+
+
+class TestCompile:
+    @pytest.fixture(autouse=True)
+    def _compiler(self, monkeypatch):
+        monkeypatch.setattr(hardware, "find_cxx_compiler", lambda: "/usr/bin/g++")
+
+    @pytest.mark.parametrize(
+        ("setting", "steps", "compiled"),
+        [("auto", 499, False), ("auto", 10**5, True), ("on", 1, True), ("off", 10**5, False)],
+    )
+    def test_auto_compiles_runs_that_repay_it(self, setting, steps, compiled):
+        execution = resolve(compile=setting, steps=steps)
+        assert execution.compile is compiled
+        assert execution.notes == ()
+
+    @pytest.mark.parametrize("setting", ["auto", "on"])
+    def test_without_a_compiler_one_note_says_so(self, monkeypatch, setting):
+        monkeypatch.setattr(hardware, "find_cxx_compiler", lambda: None)
+        execution = resolve(compile=setting, steps=10**5)
+        assert execution.compile is False
+        (note,) = execution.notes
+        assert note.startswith("No C++ compiler found")
+
+    def test_no_note_where_nothing_would_be_compiled(self, monkeypatch):
+        monkeypatch.setattr(hardware, "find_cxx_compiler", lambda: None)
+        assert resolve(compile="off").notes == ()
+        assert resolve(compile="auto", steps=10).notes == ()
+
+
+def test_a_compiler_is_looked_for_on_the_path(monkeypatch, tmp_path):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "g++"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert hardware.find_cxx_compiler() is None
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    assert hardware.find_cxx_compiler() == str(compiler)
+
+
+def test_describes_itself_in_a_line():
+    assert resolve(precision="bf16").describe() == "cpu, bf16, eager"
+    assert resolve(precision="fp32").describe() == "cpu, fp32, eager"

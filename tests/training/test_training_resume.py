@@ -1,0 +1,154 @@
+"""A stopped run goes on to exactly the numbers of an uninterrupted one, bit for bit, however it was stopped."""
+
+import json
+import os
+import signal
+
+import pytest
+
+import scalelong_fast.training.step as step_module
+from scalelong_fast.training.config import to_dict
+
+#: The process kills itself as the sabotage says; metrics come every 3 steps and checkpoints every 4, out of step.
+DRIVER = """
+import json, os, signal, sys
+from pathlib import Path
+
+import torch
+
+import scalelong_fast.training.loop as loop
+import scalelong_fast.training.checkpoint as checkpoint
+from scalelong_fast.training import RunConfig, Trainer
+from scalelong_fast.training.config import from_dict
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+{sabotage}
+
+Trainer(from_dict(RunConfig, json.loads(sys.argv[1])), Path(sys.argv[2]), "digits-uvit").run()
+"""
+
+SABOTAGE = {
+    "between two checkpoints, rows after the last one written": (
+        """
+draw = loop.BatchSource.__call__
+loop.BatchSource.__call__ = lambda self, step: die() if step == 7 else draw(self, step)
+""",
+        4,
+    ),
+    "halfway through the bytes of a checkpoint": (
+        """
+save = torch.save
+def torn(content, file):
+    if content["step"] != 8:
+        return save(content, file)
+    import io
+    buffer = io.BytesIO()
+    save(content, buffer)
+    file.write(buffer.getvalue()[: buffer.tell() // 2])
+    file.flush()
+    die()
+torch.save = torn
+""",
+        4,
+    ),
+    "before a complete checkpoint gets its name": (
+        """
+replace = os.replace
+os.replace = lambda a, b: die() if str(b).endswith("step_000000008.pt") else replace(a, b)
+""",
+        4,
+    ),
+    "after a checkpoint, before the averaged model": (
+        """
+save = checkpoint.CheckpointFolder.save
+def last(self, step, state):
+    save(self, step, state)
+    if step == 8:
+        die()
+checkpoint.CheckpointFolder.save = last
+""",
+        8,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tiny, train, tmp_path_factory):
+    """The folder of a run of 10 steps that nothing interrupted."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    train(tiny(), out)
+    return out
+
+
+@pytest.fixture
+def assert_equals_reference(reference, last_state, history, assert_same):
+    def compare(out):
+        assert_same(last_state(out), last_state(reference))
+        assert history(out) == history(reference)
+        for name in ("ema/model.safetensors", "samples.png"):
+            assert (out / name).read_bytes() == (reference / name).read_bytes(), name
+
+    return compare
+
+
+def test_a_second_run_gives_the_same_numbers(tiny, train, tmp_path, assert_equals_reference):
+    train(tiny(), tmp_path)
+    assert_equals_reference(tmp_path)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 5])
+def test_a_finished_run_can_be_lengthened(tiny, train, tmp_path, assert_equals_reference, steps):
+    assert train(tiny({"train.steps": steps}), tmp_path)[0] == steps
+    reached, said = train(tiny(), tmp_path)
+    assert reached == 10
+    assert f"Going on from step {steps} of 10" in said
+    assert_equals_reference(tmp_path)
+
+
+def test_in_many_pieces(tiny, train, tmp_path, assert_equals_reference):
+    for steps in range(1, 11):
+        train(tiny({"train.steps": steps}), tmp_path)
+    assert_equals_reference(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_after_a_signal(tiny, train, tmp_path, monkeypatch, assert_equals_reference, number):
+    calls, original = [], step_module.diffusion_loss
+
+    def interrupted(*args):
+        calls.append(None)
+        if len(calls) == 5:
+            os.kill(os.getpid(), number)
+        return original(*args)
+
+    monkeypatch.setattr(step_module, "diffusion_loss", interrupted)
+    assert train(tiny(), tmp_path)[0] == 5
+    assert train(tiny(), tmp_path)[0] == 10
+    assert_equals_reference(tmp_path)
+
+
+@pytest.mark.parametrize(("sabotage", "resumes_at"), SABOTAGE.values(), ids=SABOTAGE.keys())
+def test_after_kill_9(tiny, train, tmp_path, python, assert_equals_reference, sabotage, resumes_at):
+    killed = python(DRIVER.format(sabotage=sabotage), json.dumps(to_dict(tiny())), tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    reached, said = train(tiny(), tmp_path)
+    assert reached == 10
+    assert f"Going on from step {resumes_at} of 10" in said
+    assert "damaged" not in said
+    assert_equals_reference(tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_drawing_samples_on_the_way_changes_nothing(tiny, train, tmp_path, assert_equals_reference):
+    train(tiny({"train.sample_every": 2, "train.tensorboard": True}), tmp_path)
+    assert_equals_reference(tmp_path)
+
+
+def test_with_flips_clipping_and_compat(tiny, train, tmp_path, last_state, assert_same):
+    options = {"data.flip": True, "train.grad_clip": 0.5, "train.compat": True, "model.scaling": "learnable"}
+    train(tiny({**options, "train.steps": 6}), tmp_path / "whole")
+    train(tiny({**options, "train.steps": 3}), tmp_path / "halves")
+    train(tiny({**options, "train.steps": 6}), tmp_path / "halves")
+    assert_same(last_state(tmp_path / "halves"), last_state(tmp_path / "whole"))
