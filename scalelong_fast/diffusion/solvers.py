@@ -28,21 +28,34 @@ Tick = Callable[[], None]
 _SDE_EPS = 1e-3
 
 
-def sampling_grid(steps: int) -> Tensor:
-    """Return ``steps`` points of the 1000-step grid in ascending order, int64, "trailing" spacing.
+def uniform_time_grid(steps: int) -> Tensor:
+    """Return ``steps`` equidistant points of the 1000-step grid in ascending order, int64, "trailing" spacing.
 
     The last point is always 999, the level of noise at which sampling starts, and the first one lies a full
-    stride above x_0 (Lin et al. 2024, Table 2). Compared with the "linspace" points of diffusers, on a
-    two-mode density with known score: DDIM's error is up to 15% lower at 5 and 10 steps but up to about twice
-    as high from 50 steps on; that of DPM-Solver++ is 1 to 13% lower at 10 to 100 steps.
-
-    The step from the first point to x_0 gives the posterior mean, which lacks the detail finer than sigma
-    there (0.08 for ``vpsde`` and 0.13 for ``stable-diffusion`` at 50 steps); more steps bring it back.
-
-    Whole-number arithmetic, hence strictly increasing for every ``steps`` in 1..1000.
+    stride above x_0 (Lin et al. 2024, Table 2). Whole-number arithmetic, hence strictly increasing for every
+    ``steps`` in 1..1000. This is the grid of DDIM.
     """
     k = torch.arange(1, steps + 1)
     return (GRID_SIZE * k + steps - 1) // steps - 1
+
+
+def log_snr_grid(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Return ``steps`` points of the 1000-step grid, ascending, as even in log-SNR as whole points allow.
+
+    The local error of DPM-Solver++ goes with the step in log-SNR (Lu et al. 2022). With equal ones from point 999
+    to point 0 its error at 50 steps is some twenty times smaller than on :func:`uniform_time_grid`, on a two-mode
+    density whose score is known. Where neighbours would fall together the points are moved apart, so that there are
+    always ``steps`` of them.
+    """
+    alphas_cumprod = schedule.grid_alphas_cumprod()
+    log_snr = (alphas_cumprod / (1 - alphas_cumprod)).log()
+    wanted = torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)
+    points = torch.searchsorted(-log_snr, -wanted).clamp(max=GRID_SIZE - 1).tolist()
+    chosen: list[int] = []
+    for k, point in enumerate(points):
+        highest = chosen[-1] - 1 if chosen else GRID_SIZE - 1
+        chosen.append(max(min(point, highest), steps - 1 - k))  # leaves room for the points still to come
+    return torch.tensor(chosen[::-1])
 
 
 def _diffusers_scheduler(class_name: str, schedule: NoiseSchedule, grid: Tensor, **options):
@@ -94,7 +107,7 @@ def ddim(
 
     With ``clip`` the noise is derived anew from the clipped x_0, so that both still add up to x_t.
     """
-    grid = sampling_grid(steps)
+    grid = uniform_time_grid(steps)
     scheduler = _diffusers_scheduler(
         "DDIMScheduler", schedule, grid, clip_sample=clip, clip_sample_range=1.0, set_alpha_to_one=True
     )
@@ -113,7 +126,7 @@ def dpm_solver_plus_plus(
     tick: Tick,
 ) -> Tensor:
     """DPM-Solver++(2M), second order multistep (Lu et al. 2022); first and last step are of first order."""
-    grid = sampling_grid(steps)
+    grid = log_snr_grid(schedule, steps)
     scheduler = _diffusers_scheduler(
         "DPMSolverMultistepScheduler",
         schedule,

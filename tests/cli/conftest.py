@@ -68,7 +68,16 @@ def trained(cli, tiny, tmp_path_factory):
     """The folder of a run trained long enough for labels to show in the pixels; not to be changed."""
     out = tmp_path_factory.mktemp("trained") / "run"
     options = ["--train.steps", "60", "--train.log-every", "20", "--train.save-every", "60"]
-    learning = ["--train.lr", "0.02", "--train.warmup-steps", "5", "--train.ema-decay", "0.5", "--train.batch-size", "32"]
+    learning = [
+        "--train.lr",
+        "0.02",
+        "--train.warmup-steps",
+        "5",
+        "--train.ema-decay",
+        "0.5",
+        "--train.batch-size",
+        "32",
+    ]
     result = cli("train", "digits-uvit", *tiny, *options, *learning, "--out", out)
     assert result.code == 0, result.err
     return out

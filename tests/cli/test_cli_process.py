@@ -7,7 +7,6 @@ import sys
 import time
 
 import pytest
-import torch
 
 from scalelong_fast.training.checkpoint import CheckpointFolder
 
@@ -79,8 +78,3 @@ def test_bad_input_is_exit_code_2_and_one_line(start, tmp_path):
     assert out == ""
     assert err.count("\n") == 1
     assert err.startswith("scalelong-fast: error: kappa: got -1")
-
-
-def test_importing_the_command_does_not_touch_the_signals_or_threads():
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert torch.get_num_threads() == 1

@@ -96,9 +96,7 @@ class TestWhatAnImageDependsOn:
         for guidance in ("0", "1", "4"):
             assert not np.array_equal(sample("--labels", "4", "--guidance", guidance)[0], sample("--labels", "4")[0])
 
-    @pytest.mark.parametrize(
-        ("name", "alias"), [("ddim", "DDIM"), ("dpm-solver++", "dpmpp"), ("euler-maruyama", "em")]
-    )
+    @pytest.mark.parametrize(("name", "alias"), [("ddim", "DDIM"), ("dpm-solver++", "dpmpp"), ("euler-maruyama", "em")])
     def test_samplers_go_by_several_names(self, sample, name, alias):
         options = ("--labels", "4", "--steps", "3", "--sampler")
         assert np.array_equal(sample(*options, name)[0], sample(*options, alias)[0])
@@ -114,7 +112,7 @@ class TestWhatAnImageDependsOn:
 
 class TestRefusals:
     @pytest.mark.parametrize(
-        ("options", "texts"),
+        "case",
         [
             (["--labels", "10"], ["--labels: got 10, expected 0 … 9", "null class"]),
             (["--labels", "3,11"], ["--labels: got 11, expected 0 … 9"]),
@@ -133,9 +131,10 @@ class TestRefusals:
             (["--sampler", "dimm"], ["sampler: got 'dimm'", "Did you mean 'ddim'"]),
             (["--device", "gpu"], ["device: got 'gpu'"]),
         ],
-        ids=lambda value: " ".join(value) if value[0].startswith("--") and ":" not in value[0] else "",
+        ids=lambda case: " ".join(case[0]),
     )
-    def test_bad_values(self, cli, trained, tmp_path, assert_refused, options, texts):
+    def test_bad_values(self, cli, trained, tmp_path, assert_refused, case):
+        options, texts = case
         assert_refused(cli("sample", trained, "--out", tmp_path / "x.npz", *options), *texts)
         assert list(tmp_path.iterdir()) == []
 

@@ -109,7 +109,7 @@ class TestRefusals:
     """Exit code 2, one paragraph, and no trace of a run."""
 
     @pytest.mark.parametrize(
-        ("options", "texts"),
+        "case",
         [
             (["--model.scaling", "lss"], ["scaling: got 'lss'", "Did you mean 'ls'"]),
             (["--sample.sampler", "dimm"], ["sampler: got 'dimm'", "Did you mean 'ddim'"]),
@@ -135,9 +135,10 @@ class TestRefusals:
             (["--train.device", "cuda:99"], ["train.device: got 'cuda:99'"]),
             (["--train.precision", "fp16"], ["train.precision: got 'fp16'", "bf16 or fp32 on a CPU"]),
         ],
-        ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+        ids=lambda case: " ".join(case[0]),
     )
-    def test_bad_values(self, train, run, assert_refused, options, texts):
+    def test_bad_values(self, train, run, assert_refused, case):
+        options, texts = case
         assert_refused(train(*options), *texts)
         assert not run.exists()
 
@@ -149,7 +150,7 @@ class TestRefusals:
         assert not run.exists()
 
     @pytest.mark.parametrize(
-        ("options", "texts"),
+        "case",
         [
             (["--trian.lr", "1"], ["--trian.lr"]),
             (["--train.lrr", "1"], ["--train.lrr", "--train.lr"]),
@@ -160,9 +161,10 @@ class TestRefusals:
             (["--train.precision", "int8"], ["--train.precision", "bf16"]),
             (["extra"], ["extra"]),
         ],
-        ids=lambda value: " ".join(value),
+        ids=lambda case: " ".join(case[0]),
     )
-    def test_what_cannot_be_parsed(self, train, run, options, texts):
+    def test_what_cannot_be_parsed(self, train, run, case):
+        options, texts = case
         result = train(*options)
         assert result.code == 2
         for text in texts:

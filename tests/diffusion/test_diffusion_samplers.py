@@ -22,7 +22,7 @@ from scalelong_fast.diffusion import (
     resolve_sampler,
     sample_images,
 )
-from scalelong_fast.diffusion.solvers import sampling_grid
+from scalelong_fast.diffusion.solvers import log_snr_grid, uniform_time_grid
 from scalelong_fast.errors import UserError
 
 SHAPE = (2, 8, 8)
@@ -62,9 +62,13 @@ def start_noise():
     return initial_noise(image_seeds(0, 4), SHAPE, "cpu").double()
 
 
-def levels(name, steps):
+def grid_of(name, sampler, steps):
+    return uniform_time_grid(steps) if sampler == "ddim" else log_snr_grid(create_schedule(name), steps)
+
+
+def levels(name, sampler, steps):
     """alpha^2 at the points of the sampling grid, from full noise downwards, as floats."""
-    return create_schedule(name).grid_alphas_cumprod()[sampling_grid(steps)].flip(0).tolist()
+    return create_schedule(name).grid_alphas_cumprod()[grid_of(name, sampler, steps)].flip(0).tolist()
 
 
 def posterior_mean(x, alpha2):
@@ -74,7 +78,7 @@ def posterior_mean(x, alpha2):
 
 def solved_in_float64(name, sampler, steps):
     """The update formulas of the papers, applied to the exact predictor."""
-    x, alpha2 = start_noise(), levels(name, steps)
+    x, alpha2 = start_noise(), levels(name, sampler, steps)
     log_snr = [0.5 * math.log(a / (1 - a)) for a in alpha2]
     before = None
     for i in range(steps - 1):
@@ -92,7 +96,7 @@ def solved_in_float64(name, sampler, steps):
 
 def flow_error(name, sampler, steps):
     """RMS distance, in units of s, from the exact flow to the last grid point and the exact step to x_0."""
-    first, *_, last = levels(name, steps)
+    first, *_, last = levels(name, sampler, steps)
     scale = math.sqrt((last * S**2 + 1 - last) / (first * S**2 + 1 - first))
     x = math.sqrt(last) * MU + scale * (start_noise() - math.sqrt(first) * MU)
     images = sample(name, sampler=sampler, steps=steps, clip_denoised=False)
@@ -117,8 +121,8 @@ def test_spellings(spellings, name):
 
 
 @pytest.mark.parametrize("steps", range(1, 1001, 37))
-def test_grid_starts_sampling_at_full_noise_and_never_repeats_a_point(steps):
-    grid = sampling_grid(steps)
+def test_uniform_grid_starts_sampling_at_full_noise_and_never_repeats_a_point(steps):
+    grid = uniform_time_grid(steps)
     assert len(grid) == steps
     assert grid[-1] == 999
     assert grid[0] >= 0
@@ -127,14 +131,36 @@ def test_grid_starts_sampling_at_full_noise_and_never_repeats_a_point(steps):
     assert stride.max() - stride.min() <= 1
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 50, 333, 999, 1000])
+@pytest.mark.parametrize("name", list_schedules())
+def test_log_snr_grid_has_as_many_points_as_steps_from_full_noise_on(name, steps):
+    grid = log_snr_grid(create_schedule(name), steps)
+    assert len(grid) == steps
+    assert grid[-1] == 999
+    assert grid[0] >= 0
+    assert (torch.diff(grid) >= 1).all()
+
+
+@pytest.mark.parametrize("name", list_schedules())
+def test_log_snr_grid_is_even_in_log_snr_where_whole_points_allow(name):
+    alpha2 = create_schedule(name).grid_alphas_cumprod()
+    log_snr = (alpha2 / (1 - alpha2)).log()
+    wanted = torch.linspace(log_snr[0], log_snr[-1], 12, dtype=torch.float64)
+    # No point of the whole grid lies further from the wanted log-SNR than one neighbour.
+    gap = torch.diff(log_snr).abs()
+    grid = log_snr_grid(create_schedule(name), 12)
+    reach = torch.maximum(gap[(grid - 1).clamp(min=0)], gap[grid.clamp(max=998)])
+    assert ((log_snr[grid] - wanted).abs() <= reach + 1e-9).all()
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])
 @pytest.mark.parametrize("name", list_schedules())
 def test_model_is_asked_from_full_noise_downwards(name, sampler):
     schedule = create_schedule(name)
     model = Gaussian(schedule)
     sample(name, model=model, sampler=sampler, steps=4, count=1)
-    expected = schedule.grid_model_timesteps(torch.tensor([999, 749, 499, 249])).tolist()
-    assert model.timesteps == expected
+    expected = [999, 749, 499, 249] if sampler == "ddim" else log_snr_grid(schedule, 4).flip(0).tolist()
+    assert model.timesteps == schedule.grid_model_timesteps(torch.tensor(expected)).tolist()
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])

@@ -275,13 +275,15 @@ class TestNonFinite:
         assert "Going on from step 4 of 10" in said
 
 
-class TestRefusals:
-    @pytest.fixture(scope="class")
-    def run(self, tiny, train, tmp_path_factory):
-        out = tmp_path_factory.mktemp("run")
-        train(tiny({"train.steps": 2}), out)
-        return out
+@pytest.fixture(scope="module")
+def run(tiny, train, tmp_path_factory):
+    """A run of 2 steps, for tests that must not change it."""
+    out = tmp_path_factory.mktemp("run")
+    train(tiny({"train.steps": 2}), out)
+    return out
 
+
+class TestRefusals:
     @pytest.mark.parametrize(
         ("field", "value"),
         [

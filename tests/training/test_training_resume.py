@@ -9,26 +9,34 @@ import pytest
 import scalelong_fast.training.step as step_module
 from scalelong_fast.training.config import to_dict
 
-#: The process kills itself as the sabotage says; metrics come every 3 steps and checkpoints every 4, out of step.
+#: Trains once per sabotage, each time in a child that kills itself; forking spares the imports.
 DRIVER = """
-import json, os, signal, sys
+import io, json, os, signal, sys
 from pathlib import Path
 
 import torch
 
-import scalelong_fast.training.loop as loop
 import scalelong_fast.training.checkpoint as checkpoint
+import scalelong_fast.training.loop as loop
 from scalelong_fast.training import RunConfig, Trainer
 from scalelong_fast.training.config import from_dict
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
-{sabotage}
-
-Trainer(from_dict(RunConfig, json.loads(sys.argv[1])), Path(sys.argv[2]), "digits-uvit").run()
+config = from_dict(RunConfig, json.loads(sys.argv[1]))
+endings = []
+for sabotage, out in json.loads(sys.argv[2]):
+    child = os.fork()
+    if child == 0:
+        exec(sabotage)
+        Trainer(config, Path(out), "digits-uvit").run()
+        os._exit(0)
+    endings.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print("endings", json.dumps(endings))
 """
 
+#: How a process dies, and the step from which the next one goes on. Rows come every 3 steps, checkpoints every 4.
 SABOTAGE = {
     "between two checkpoints, rows after the last one written": (
         """
@@ -43,7 +51,6 @@ save = torch.save
 def torn(content, file):
     if content["step"] != 8:
         return save(content, file)
-    import io
     buffer = io.BytesIO()
     save(content, buffer)
     file.write(buffer.getvalue()[: buffer.tell() // 2])
@@ -129,16 +136,26 @@ def test_after_a_signal(tiny, train, tmp_path, monkeypatch, assert_equals_refere
     assert_equals_reference(tmp_path)
 
 
-@pytest.mark.parametrize(("sabotage", "resumes_at"), SABOTAGE.values(), ids=SABOTAGE.keys())
-def test_after_kill_9(tiny, train, tmp_path, python, assert_equals_reference, sabotage, resumes_at):
-    killed = python(DRIVER.format(sabotage=sabotage), json.dumps(to_dict(tiny())), tmp_path)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    reached, said = train(tiny(), tmp_path)
+@pytest.fixture(scope="module")
+def killed(tiny, python, tmp_path_factory):
+    """The folder of a killed run for every entry of SABOTAGE."""
+    folders = {name: tmp_path_factory.mktemp("killed") for name in SABOTAGE}
+    plan = [(SABOTAGE[name][0], str(out)) for name, out in folders.items()]
+    done = python(DRIVER, json.dumps(to_dict(tiny())), json.dumps(plan))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.split("endings ")[1]) == [-signal.SIGKILL] * len(plan), done.stderr
+    return folders
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_after_kill_9(tiny, train, killed, assert_equals_reference, name):
+    out, resumes_at = killed[name], SABOTAGE[name][1]
+    reached, said = train(tiny(), out)
     assert reached == 10
     assert f"Going on from step {resumes_at} of 10" in said
     assert "damaged" not in said
-    assert_equals_reference(tmp_path)
-    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
+    assert_equals_reference(out)
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
 
 
 def test_drawing_samples_on_the_way_changes_nothing(tiny, train, tmp_path, assert_equals_reference):
