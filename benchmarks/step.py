@@ -197,7 +197,7 @@ def main(
     parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/<machine>/step.json)")
     options = parser.parse_args(args)
     console = Console(width=None if Console().is_terminal else 120)
-    device = resolve_execution(TrainConfig(device=options.device)).device
+    device = resolve_execution(TrainConfig(device=options.device, compile="off")).device
     try:
         result = measure(
             device,

@@ -100,7 +100,8 @@ def train(config: RunConfig, dataset: ImageDataset, console: Console) -> float:
     diffusion = config.diffusion
     schedule = create_schedule(diffusion.schedule, beta_min=diffusion.beta_min, beta_max=diffusion.beta_max)
     schedule = schedule.to(execution.device)
-    torch.compiler.reset()  # the runs share code: each would otherwise count towards the limit of recompilations
+    if execution.compile:
+        torch.compiler.reset()  # the runs share code: each would otherwise count towards the limit of recompilations
     torch.manual_seed(config.train.seed)
     model = UViT(config.model).to(execution.device)
     averaged = copy.deepcopy(model).eval()

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -39,19 +40,15 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, c, height, width = x.shape
         p = self.patch_size
-        patches = x.reshape(b, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(b, (height // p) * (width // p), c * p * p)
+        patches = rearrange(x, "b c (h p1) (w p2) -> b (h w) (c p1 p2)", p1=p, p2=p)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 def unpatchify(x: Tensor, channels: int) -> Tensor:
     """Patch tokens ``(B, h·w, p·p·C)`` back to images ``(B, C, h·p, w·p)`` with h = w."""
-    b, length, dim = x.shape
-    side, p = math.isqrt(length), math.isqrt(dim // channels)
-    x = x.view(b, side, side, p, p, channels).permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(b, channels, side * p, side * p)
+    side, p = math.isqrt(x.shape[1]), math.isqrt(x.shape[2] // channels)
+    return rearrange(x, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=side, w=side, p1=p, p2=p)
 
 
 class Mlp(nn.Module):
