@@ -42,13 +42,17 @@ def wait_until(condition, process):
         time.sleep(0.05)
 
 
-def test_signals_save_and_the_same_command_goes_on(start, cli, tiny, tmp_path):
+def test_a_running_command_keeps_others_out_and_a_signal_stops_it_to_go_on_later(
+    start, cli, tiny, tmp_path, assert_refused
+):
     endless = ["--train.steps", "1000000", "--train.save-every", "1000000", "--train.compile", "off"]
     runs = {number: tmp_path / number.name for number in (signal.SIGTERM, signal.SIGINT)}
     processes = {number: start("train", "digits-uvit", *tiny, *endless, "--out", out) for number, out in runs.items()}
     for number, process in processes.items():
         metrics = runs[number] / "metrics.jsonl"
         wait_until(lambda metrics=metrics: metrics.is_file() and metrics.read_text().count("\n") >= 2, process)
+        second = cli("train", "digits-uvit", *tiny, "--out", runs[number])
+        assert_refused(second, f"out: another process is training in {runs[number]}")
         process.send_signal(number)
     for number, process in processes.items():
         out, err = process.communicate(timeout=PATIENCE)
@@ -58,17 +62,6 @@ def test_signals_save_and_the_same_command_goes_on(start, cli, tiny, tmp_path):
         result = cli("train", "digits-uvit", *tiny, "--train.steps", step + 1, "--out", runs[number])
         assert result.code == 0, result.err
         assert f"Going on from step {step} of {step + 1}" in result.out
-
-
-def test_two_processes_in_one_folder(start, cli, tiny, tmp_path, assert_refused):
-    endless = ["--train.steps", "1000000", "--train.save-every", "1000000", "--train.compile", "off"]
-    first = start("train", "digits-uvit", *tiny, *endless, "--out", tmp_path)
-    wait_until((tmp_path / "metrics.jsonl").is_file, first)
-    assert_refused(cli("train", "digits-uvit", *tiny, "--out", tmp_path), "another process is training in")
-    assert first.poll() is None
-    first.kill()
-    first.wait()
-    assert cli("train", "digits-uvit", *tiny, "--out", tmp_path).code == 0
 
 
 def test_bad_input_is_exit_code_2_and_one_line(start, tmp_path):

@@ -216,5 +216,5 @@ class TestParseLabels:
 
     @pytest.mark.parametrize("text", ["", ",", "1,,2", "1.5", "a", "1;2"])
     def test_anything_else(self, text):
-        with pytest.raises(UserError, match="^--labels: got"):
+        with pytest.raises(UserError, match=r"^--labels: got"):
             parse_labels(text)

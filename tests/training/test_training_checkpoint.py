@@ -247,12 +247,13 @@ except UserError as error:
             CheckpointFolder(tmp_path / "file" / "checkpoints").save(1, state())
 
 
-class TestDigest:
-    BASE = {"a": torch.tensor([1.0, 2.0]), "b": [1, 23], "c": {"d": (0.5, None, True)}}
+BASE = {"a": torch.tensor([1.0, 2.0]), "b": [1, 23], "c": {"d": (0.5, None, True)}}
 
+
+class TestDigest:
     def test_equal_content_equal_digest(self):
         again = {"c": {"d": (0.5, None, True)}, "b": [1, 23], "a": torch.tensor([0.0, 1.0, 2.0])[1:]}
-        assert digest(self.BASE) == digest(again)
+        assert digest(BASE) == digest(again)
 
     def test_layout_in_memory_does_not_count(self):
         square = torch.arange(6.0).view(2, 3)
@@ -279,7 +280,7 @@ class TestDigest:
         ],
     )
     def test_any_change_shows(self, change):
-        assert digest({**self.BASE, **change}) != digest(self.BASE)
+        assert digest({**BASE, **change}) != digest(BASE)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8])
     def test_every_dtype_can_be_digested(self, dtype):

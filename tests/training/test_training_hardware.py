@@ -76,13 +76,13 @@ class TestCompile:
 def test_a_compiler_is_looked_for_on_the_path(monkeypatch, tmp_path):
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, "g++"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert hardware.find_cxx_compiler() is None
-    compiler = tmp_path / "g++"
-    compiler.write_text("#!/bin/sh\n")
-    compiler.chmod(0o755)
-    assert hardware.find_cxx_compiler() == str(compiler)
+    with config.patch({"cpp.cxx": (None, "g++")}):
+        assert hardware.find_cxx_compiler() is None
+        compiler = tmp_path / "g++"
+        compiler.write_text("#!/bin/sh\n")
+        compiler.chmod(0o755)
+        assert hardware.find_cxx_compiler() == str(compiler)
 
 
 def test_describes_itself_in_a_line():
