@@ -91,7 +91,10 @@ def step_table(result: dict[str, Any], root: Path = ROOT) -> list[str]:
     ]
     tax = next((r["round_ratio_to_ours_none"] for r in result["records"] if r["variant"] == "ours"), None)
     if tax is not None:
-        notes.append(f"LS makes our step {100 * (1 / tax - 1):+.1f} % longer than no scaling does.")
+        percent = 100 * (1 / tax - 1)
+        notes.append(
+            f"With LS our step is {abs(percent):.1f} % {'longer' if percent >= 0 else 'shorter'} than without."
+        )
     return [*_markdown(headings, rows), "", " ".join(notes), "", _conditions(result)]
 
 

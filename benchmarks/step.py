@@ -13,7 +13,7 @@ from rich.table import Table
 
 from benchmarks import environment
 from benchmarks.timing import interleave, round_speed_up, speed_up, summarize, synchronize
-from benchmarks.variants import MODEL, VARIANTS, Variant, Workbench
+from benchmarks.variants import HASHES, MODEL, VARIANTS, Variant, Workbench
 from scalelong_fast.errors import check_range, unknown_name
 from scalelong_fast.models import UViTConfig
 from scalelong_fast.training.checkpoint import write_json
@@ -145,7 +145,7 @@ def _record(
         record[f"ratio_to_{reference}"] = both and round(speed_up(*both), 4)
         record[f"round_ratio_to_{reference}"] = both and round(round_speed_up(*both), 4)
     record["sources"] = list(variant.sources)
-    record["source_sha256"] = environment.source_hash(variant.sources)
+    record["source_sha256"] = HASHES[variant.sources]
     return record
 
 

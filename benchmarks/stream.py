@@ -48,6 +48,8 @@ SOURCES = (
     "scalelong_fast/training/presets.py",
     "scalelong_fast/training/step.py",
 )
+#: Of the sources as they are imported: a file edited while a run goes on is not what it trains.
+SOURCE_HASH = environment.source_hash(SOURCES)
 
 
 def run_config(residual_dtype: str, seed: int, steps: int, device: str = "auto") -> RunConfig:
@@ -119,8 +121,7 @@ def _resume(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
         same = old["settings"] == head["settings"] and _undated(old["environment"]) == _undated(head["environment"])
-        digest = environment.source_hash(SOURCES)
-        return [record for record in old["records"] if record["source_sha256"] == digest] if same else []
+        return [record for record in old["records"] if record["source_sha256"] == SOURCE_HASH] if same else []
     except (OSError, ValueError, KeyError, TypeError):
         return []  # missing or of another shape: it is written anew
 
@@ -182,7 +183,7 @@ def _record(config: RunConfig, loss: float) -> dict[str, Any]:
         "steps": config.train.steps,
         "loss": loss,
         "sources": list(SOURCES),
-        "source_sha256": environment.source_hash(SOURCES),
+        "source_sha256": SOURCE_HASH,
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.authors_recipe import AuthorsStep, AuthorsUViT
+from benchmarks.environment import source_hash
 from scalelong_fast.data import ImageDataset, to_unit_range
 from scalelong_fast.diffusion import create_schedule
 from scalelong_fast.integrations import load_uvit_checkpoint
@@ -23,7 +24,7 @@ MODEL = UViTConfig(img_size=32, patch_size=2, in_chans=3, embed_dim=256, depth=6
 SEED = 0
 IMAGES = 2048
 
-_RECIPE = ("benchmarks/authors_recipe.py", "benchmarks/variants.py")
+_AUTHORS = ("benchmarks/authors_recipe.py", "benchmarks/variants.py")
 _OURS = (
     "benchmarks/variants.py",
     "scalelong_fast/data/images.py",
@@ -39,8 +40,11 @@ _OURS = (
     "scalelong_fast/training/optim.py",
     "scalelong_fast/training/step.py",
 )
-_LS = ("scalelong_fast/scaling/gates.py", "scalelong_fast/scaling/learnable.py")
-_NONE = ("scalelong_fast/scaling/constant.py",)
+_OURS_LS = (*_OURS, "scalelong_fast/scaling/gates.py", "scalelong_fast/scaling/learnable.py")
+_OURS_NONE = (*_OURS, "scalelong_fast/scaling/constant.py")
+
+#: Hashes of the sources as they are imported: a file edited while a benchmark runs is not what it measures.
+HASHES = {sources: source_hash(sources) for sources in (_AUTHORS, _OURS_LS, _OURS_NONE)}
 
 
 @dataclass
@@ -109,7 +113,7 @@ class Workbench:
         def loss(x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
             return step.loss(x0, t, noise).mean()
 
-        return Variant(take, loss, "ls", dtype_name(autocast), compiled, _RECIPE)
+        return Variant(take, loss, "ls", dtype_name(autocast), compiled, _AUTHORS)
 
     def ours(self, scaling: str = "ls", compiled: bool = True) -> Variant:
         """Our step with default settings, the drawing of the batch counted."""
@@ -133,7 +137,7 @@ class Workbench:
         def loss(x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
             return step.loss_fn(x0, noise, t, None)
 
-        sources = _OURS + (_LS if scaling == "ls" else _NONE)
+        sources = _OURS_LS if scaling == "ls" else _OURS_NONE
         return Variant(take, loss, scaling, dtype_name(execution.autocast), execution.compile, sources)
 
     def execution(self, compiled: bool = True) -> Execution:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from scalelong_fast.errors import unknown_name
+from scalelong_fast.errors import invalid, unknown_name
 from scalelong_fast.models import list_models, summarize
 
 USAGE = """usage: scalelong-fast models [PATTERN]
@@ -20,6 +20,8 @@ def main(args: Sequence[str]) -> int:
     if args and args[0] in ("-h", "--help"):
         print(USAGE)
         return 0
+    if len(args) > 1:
+        raise invalid("PATTERN", " ".join(args), "one pattern", "Quote it, so that the shell leaves it alone.")
     names = list_models(args[0] if args else "*")
     if not names:
         raise unknown_name("PATTERN", args[0], list_models())

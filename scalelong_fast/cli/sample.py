@@ -1,6 +1,9 @@
 """``scalelong-fast sample RUN``."""
 
 import dataclasses
+import errno
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,6 +67,18 @@ def parse_labels(text: str | None) -> list[int] | None:
         raise invalid("--labels", text, "whole numbers with commas between them, e.g. 0,1,2") from None
 
 
+def check_writable(out: Path) -> None:
+    """Raise where ``out`` cannot be written, before anything is computed for it."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--out: cannot write {out} ({error}). Choose another place.") from error
+
+
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     prog = "scalelong-fast sample RUN"
@@ -75,13 +90,19 @@ def main(args: Sequence[str]) -> int:
             )
     else:
         run, rest = "", ["--help"]
-    arguments = parse(SampleArguments, rest, prog)
+    try:
+        arguments = parse(SampleArguments, rest, prog)
+    except SystemExit:
+        if args:
+            raise
+        return 2  # help, since RUN was missing
     folder = RunFolder(run)
     config, _ = folder.read_config()
     device = resolve_execution(TrainConfig(device=arguments.device, compile="off")).device
     model = folder.load_ema(device)
     out = arguments.out or folder.path / "generated.npz"
 
+    check_writable(out)
     console = Console()
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("sampling", total=None)

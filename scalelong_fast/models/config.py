@@ -81,7 +81,7 @@ class UViTConfig:
             raise invalid("embed_dim", self.embed_dim, f"a multiple of num_heads = {self.num_heads}")
         if self.num_classes > 0 and self.clip_dim > 0:
             raise invalid("clip_dim", self.clip_dim, "0 in a class-conditional model", "Drop one of the conditions.")
-        resolve_scaling(self.scaling)
+        object.__setattr__(self, "scaling", resolve_scaling(self.scaling))
         if self.activation not in ACTIVATIONS:
             raise unknown_name("activation", self.activation, ACTIVATIONS)
         if self.init not in INITS:

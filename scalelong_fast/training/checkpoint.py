@@ -22,11 +22,14 @@ def digest(tree: Any) -> str:
     sha = hashlib.sha256()
 
     def feed(node: Any) -> None:
+        # Lengths and separators: [1, 23], [12, 3] and [123] must not read the same.
         if isinstance(node, dict):
+            sha.update(f"dict {len(node)};".encode())
             for key in sorted(node, key=str):
-                sha.update(f"{key}:".encode())
+                sha.update(f"{key!r}:".encode())
                 feed(node[key])
         elif isinstance(node, (list, tuple)):
+            sha.update(f"list {len(node)};".encode())
             for item in node:
                 feed(item)
         elif isinstance(node, Tensor):
@@ -34,7 +37,7 @@ def digest(tree: Any) -> str:
             sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
             sha.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
         else:
-            sha.update(repr(node).encode())
+            sha.update(f"{node!r};".encode())
 
     feed(tree)
     return sha.hexdigest()

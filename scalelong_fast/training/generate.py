@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from scalelong_fast.data import to_uint8
-from scalelong_fast.diffusion import create_schedule, image_seeds, sample_images
+from scalelong_fast.diffusion import create_schedule, image_seeds, resolve_sampler, sample_images
 from scalelong_fast.errors import check_range, invalid
 from scalelong_fast.models import UViT
 from scalelong_fast.training.config import RunConfig
@@ -72,7 +72,7 @@ def generate(
     guidance = config.sample.guidance if guidance is None else guidance
     if guidance != 1 and config.null_label is None:
         raise invalid("--guidance", guidance, "1, since the run had no label dropout and so knows no null class")
-    if sampler is not None and steps is None and sampler != config.sample.sampler:
+    if sampler is not None and steps is None and resolve_sampler(sampler) != resolve_sampler(config.sample.sampler):
         default_steps = None  # the run's step count belongs to the run's sampler
     else:
         default_steps = config.sample.steps

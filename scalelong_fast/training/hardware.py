@@ -51,6 +51,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise invalid("train.device", name, "auto, cpu, cuda or cuda:<number>") from error
+    if device.type not in ("cpu", "cuda"):
+        raise invalid("train.device", name, "auto, cpu, cuda or cuda:<number>")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"train.device: got {name!r}, but {torch.cuda.device_count()} CUDA devices are visible.")
     return device

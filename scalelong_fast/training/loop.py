@@ -106,6 +106,9 @@ class Trainer:
         self.folder.open_for_writing()
         try:
             return self._run()
+        except UserError:
+            self.folder.remove_if_untouched()
+            raise
         except OSError as error:
             raise UserError(
                 f"out: writing to {self.folder.path} failed ({error}). Checkpoints written before are untouched. Free "
@@ -248,9 +251,8 @@ class Trainer:
         return grid
 
     def _finish(self, step: int) -> None:
-        """Write what a finished run must hold and does not yet."""
-        if not (self.folder.ema / "model.safetensors").is_file():
-            self.folder.save_ema(self.train_step.ema.copy_to(self.ema_model))
+        """Write what a finished run must hold; a crash may have left the old averaged model or none."""
+        self.folder.save_ema(self.train_step.ema.copy_to(self.ema_model))
         rows = read_metrics(self.folder.metrics_file)
         save_loss_curve(self.folder.loss_curve, rows, f"{self.name}, scaling {self.config.model.scaling}")
         self._draw_grid()

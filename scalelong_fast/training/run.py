@@ -13,6 +13,8 @@ from scalelong_fast.models import UViT
 from scalelong_fast.training.checkpoint import write_json
 from scalelong_fast.training.config import RunConfig, from_dict, to_dict
 
+SECTIONS = ("model", "data", "diffusion", "train", "sample")
+
 
 class RunFolder:
     """Paths of a run.
@@ -31,6 +33,7 @@ class RunFolder:
         self.ema = self.path / "ema"
         self.tensorboard = self.path / "tensorboard"
         self._lock: Any = None
+        self._created = False
 
     def open_for_writing(self) -> None:
         """Create the folder, see that it can be written, and claim it for this process.
@@ -39,6 +42,7 @@ class RunFolder:
             UserError: not writable, or another process trains in it.
         """
         try:
+            self._created = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends
         except OSError as error:
@@ -51,6 +55,14 @@ class RunFolder:
             raise UserError(
                 f"out: another process is training in {self.path}. Wait for it, or choose another --out."
             ) from error
+
+    def remove_if_untouched(self) -> None:
+        """Take the folder away again if there is nothing in it but the claim (the run was refused)."""
+        if self._lock is None or any(entry.name != ".lock" for entry in self.path.iterdir()):
+            return
+        (self.path / ".lock").unlink()
+        if self._created:
+            self.path.rmdir()
 
     def close(self) -> None:
         """Give the folder free."""
@@ -77,15 +89,24 @@ class RunFolder:
             )
         try:
             values = json.loads(self.config_file.read_text())
-            sections = {key: values.pop(key) for key in ("model", "data", "diffusion", "train", "sample")}
+            if not isinstance(values, dict) or not all(isinstance(values.get(key), dict) for key in SECTIONS):
+                raise TypeError("a section is missing")
+            sections = {key: values.pop(key) for key in SECTIONS}
             return from_dict(RunConfig, sections), values
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:  # JSON and Unicode errors are ValueErrors
             raise UserError(f"RUN: {self.config_file} cannot be read ({type(error).__name__}: {error}).") from error
 
     def save_ema(self, model: UViT) -> None:
         """Write the averaged model; each file is replaced atomically."""
         staging = self.path / ".ema.tmp"
-        model.save_pretrained(staging)
+        try:
+            model.save_pretrained(staging)
+        except OSError:
+            raise
+        except Exception as error:  # safetensors has an error type of its own for a full disk
+            raise OSError(f"could not write {staging}: {error}") from error
         self.ema.mkdir(exist_ok=True)
         for file in staging.iterdir():
             os.replace(file, self.ema / file.name)
@@ -100,11 +121,12 @@ class RunFolder:
         if not (self.ema / "model.safetensors").is_file():
             raise UserError(f"RUN: {self.path} has no trained model yet (no {self.ema}). Let it reach a checkpoint.")
         try:
-            return UViT.from_pretrained(str(self.ema)).to(device).eval()
+            return UViT.from_pretrained(str(self.ema), strict=True).to(device).eval()
         except UserError:
             raise
         except Exception as error:  # safetensors, JSON and shape errors have no common type
+            reason = " ".join(str(error).split())
             raise UserError(
-                f"RUN: the model in {self.ema} cannot be read ({type(error).__name__}: {error}). Run the training "
+                f"RUN: the model in {self.ema} cannot be read ({type(error).__name__}: {reason}). Run the training "
                 "command again: it writes the folder anew from the last checkpoint."
             ) from error

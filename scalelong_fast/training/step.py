@@ -129,8 +129,14 @@ class TrainStep:
         """Restore what :meth:`state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
+        options = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)  # the moments are the checkpoint's, weight decay and betas this run's
+        if state["scaler"]:  # empty unless the checkpoint comes from a run in fp16
+            self.scaler.load_state_dict(state["scaler"])
 
     def is_finite(self) -> bool:
         """Whether every parameter, average and moment is finite (waits for the device)."""
@@ -138,5 +144,5 @@ class TrainStep:
         for state in self.optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, Tensor) and value.is_floating_point()]
         with torch.no_grad():
-            norms = torch._foreach_norm([t.detach() for t in tensors])
+            norms = torch._foreach_norm([t.detach() for t in tensors], float("inf"))  # a sum of squares might overflow
         return bool(torch.stack([n.double() for n in norms]).isfinite().all())

@@ -93,7 +93,7 @@ def test_a_row_shows_its_numbers_and_where_they_come_from(repository):
     _, text = run(repository)
     assert "| authors' recipe, fp32 | fp32 | 3 | 1.4 – 1.6 |" in text
     assert "| scalelong_fast | fp32 | 1.5 | 1.4 – 1.6 | 2.133e+04 | 2.00 (2.00) | 2.00 (2.00) | 1.0e-07 |" in text
-    assert "LS makes our step +25.0 % longer" in text
+    assert "With LS our step is 25.0 % longer than without." in text
     where = environment.describe(environment.torch.device("cpu"))
     for fact in ("Model cpu-test", where["torch"], where["python"], where["date"], "12 interleaved rounds of 3 steps"):
         assert fact in text
