@@ -10,6 +10,7 @@ from scalelong_fast.errors import UserError, unknown_name
 COMMANDS = {
     "step": "time a whole training step against the authors' recipe",
     "stream": "compare a bf16 with an fp32 residual stream by the loss reached on digits",
+    "digits": "judge the samples of a digits run: recognisable, and no copies",
     "report": "rewrite the tables of README.md from the result files",
 }
 

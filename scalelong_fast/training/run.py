@@ -1,6 +1,8 @@
 """The run folder: what lies where, and how to get the trained model back out of it."""
 
+import contextlib
 import fcntl
+import io
 import json
 import os
 from pathlib import Path
@@ -121,7 +123,9 @@ class RunFolder:
         if not (self.ema / "model.safetensors").is_file():
             raise UserError(f"RUN: {self.path} has no trained model yet (no {self.ema}). Let it reach a checkpoint.")
         try:
-            return UViT.from_pretrained(str(self.ema), strict=True).to(device).eval()
+            with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints where it loads from
+                model = UViT.from_pretrained(str(self.ema), strict=True)
+            return model.to(device).eval()
         except UserError:
             raise
         except Exception as error:  # safetensors, JSON and shape errors have no common type

@@ -1,9 +1,12 @@
 """One optimiser step: draw, forward, backward, AdamW, EMA. No host-device synchronisation inside."""
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch._dynamo.exc
 from torch import Tensor, nn
 
 from scalelong_fast.data import ImageDataset, ShuffledOrder, to_unit_range
@@ -76,6 +79,27 @@ class BatchSource:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
+class CompiledOrEager:
+    """A function under torch.compile that falls back to eager, with a warning, where compiling it fails.
+
+    A compiler may be found and yet not work: no Python headers, no space for the cache, no memory.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]):
+        self.function = function
+        self.compiled: Callable[..., Tensor] | None = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def __call__(self, *args: Tensor | None) -> Tensor:
+        if self.compiled is not None:
+            try:
+                return self.compiled(*args)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                reason = str(error).strip().splitlines() or [type(error).__name__]
+                warnings.warn(f"torch.compile failed, going on eagerly: {reason[0]}", stacklevel=2)
+                self.compiled = None
+        return self.function(*args)
+
+
 class TrainStep:
     """The step as one callable; owns optimiser, EMA and gradient scaler of the model.
 
@@ -98,7 +122,9 @@ class TrainStep:
             with torch.autocast(device, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
                 return diffusion_loss(model, schedule, x0, noise, u, labels)
 
-        self.loss_fn = torch.compile(loss_fn, fullgraph=True, dynamic=False) if execution.compile else loss_fn
+        self.loss_fn = loss_fn
+        if execution.compile:
+            self.loss_fn = CompiledOrEager(loss_fn)
 
     def __call__(self, step: int, draw: Draw) -> Tensor:
         """Take the update that follows ``step`` finished ones; returns the loss, a 0-dim float32 device tensor."""

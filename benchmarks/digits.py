@@ -1,0 +1,116 @@
+"""Are a digits run's samples digits, and are they new? Judged by a classifier and by nearest neighbours.
+
+A support vector machine fitted on the 1,797 real digits says whether a sample shows the digit it was asked for. The
+median distance of a sample to its nearest real digit, over the same median among the real digits themselves, says
+whether the model copies: copies would bring it to 0, new digits as diverse as the real ones to 1.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import environment
+from scalelong_fast.errors import UserError
+from scalelong_fast.training import RunFolder, generate
+from scalelong_fast.training.checkpoint import write_json
+from scalelong_fast.training.metrics import read_metrics
+
+SOURCES = (
+    "scalelong_fast/diffusion/solvers.py",
+    "scalelong_fast/models/uvit.py",
+    "scalelong_fast/scaling/learnable.py",
+    "scalelong_fast/training/presets.py",
+    "scalelong_fast/training/step.py",
+)
+
+
+def nearest(points: np.ndarray, others: np.ndarray, same: bool = False) -> np.ndarray:
+    """Euclidean distance of each row of ``points`` (N, F) to the nearest row of ``others``; ``same``: not itself."""
+    distances = torch.cdist(torch.from_numpy(points), torch.from_numpy(others))
+    if same:
+        distances.fill_diagonal_(torch.inf)
+    return distances.min(dim=1).values.numpy()
+
+
+def judge(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Recognition rate and novelty of samples.
+
+    Args:
+        images: ``(N, 8, 8, 1)`` uint8.
+        labels: ``(N,)`` the digits that were asked for.
+
+    Returns:
+        ``recognised``: share that the classifier reads as its label; ``nearest_ratio``: median distance to the nearest
+        real digit over that between real digits.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.svm import SVC
+
+    real, real_labels = load_digits(return_X_y=True)
+    samples = images.reshape(len(images), -1) * (16 / 255)
+    recognised = float((SVC(C=10).fit(real, real_labels).predict(samples) == labels).mean())
+    among_real = np.median(nearest(real, real, same=True))
+    return {"recognised": recognised, "nearest_ratio": float(np.median(nearest(samples, real)) / among_real)}
+
+
+def training_seconds(folder: RunFolder) -> float:
+    """Seconds from the first step to the last, of a run that was not interrupted; compiling is counted."""
+    rows = read_metrics(folder.metrics_file)
+    first = rows[0]
+    return rows[-1]["time"] - first["time"] + first["step"] * first["batch_size"] / first["images_per_second"]
+
+
+def main(args: Sequence[str]) -> int:
+    """``python -m benchmarks digits RUN``: judge 20 samples of each digit; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks digits", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="run folder, e.g. runs/digits-uvit")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance weight; default: the run's")
+    parser.add_argument("--sampler", help="default: the run's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file; default: benchmarks/results/<machine>/digits.json")
+    options = parser.parse_args(args)
+    folder = RunFolder(options.run)
+    config, _ = folder.read_config()
+    if config.data.name != "digits":
+        raise UserError(f"RUN: {options.run} was trained on {config.data.name!r}, expected a run on 'digits'.")
+    device = torch.device("cpu")
+    guidance = config.sample.guidance if options.guidance is None else options.guidance
+    images, labels = generate(
+        folder.load_ema(device),
+        config,
+        num_per_label=20,
+        guidance=guidance,
+        sampler=options.sampler,
+        seed=options.seed,
+    )
+    record = {
+        "model": "uvit_digits",
+        "shape": list(images.shape),
+        "dtype": "float32",
+        "direction": "sample",
+        "variant": config.model.scaling,
+        "steps": read_metrics(folder.metrics_file)[-1]["step"],
+        "training_seconds": round(training_seconds(folder), 1),
+        "sampler": options.sampler or config.sample.sampler,
+        "guidance": guidance,
+        **judge(images, labels),
+        "sources": list(SOURCES),
+        "source_sha256": environment.source_hash(SOURCES),
+    }
+    print(
+        f"{record['recognised']:.1%} of {len(images)} samples recognised; nearest real digit at "
+        f"{record['nearest_ratio']:.2f} of the distance between real digits; {record['steps']} steps in "
+        f"{record['training_seconds']:.0f} s"
+    )
+    result = {
+        "environment": environment.describe(device),
+        "ceilings": environment.ceilings(device),
+        "records": [record],
+    }
+    out = options.out or environment.RESULTS / result["environment"]["machine"] / "digits.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, result)
+    return 0
