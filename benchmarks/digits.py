@@ -56,6 +56,19 @@ def judge(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {"recognised": recognised, "nearest_ratio": float(np.median(nearest(samples, real)) / among_real)}
 
 
+def picture(folder: RunFolder, out: Path) -> None:
+    """Put a run's sample grid and loss curve side by side in one PNG."""
+    from PIL import Image
+
+    samples, curve = Image.open(folder.sample_grid), Image.open(folder.loss_curve)
+    curve = curve.resize((curve.width * samples.height // curve.height, samples.height)).convert("RGB")
+    both = Image.new("RGB", (samples.width + 16 + curve.width, samples.height), "white")
+    both.paste(samples, (0, 0))
+    both.paste(curve, (samples.width + 16, 0))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    both.save(out)
+
+
 def training_seconds(folder: RunFolder) -> float:
     """Seconds from the first step to the last, of a run that was not interrupted; compiling is counted."""
     rows = read_metrics(folder.metrics_file)
@@ -71,6 +84,7 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--sampler", help="default: the run's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file; default: benchmarks/results/<machine>/digits.json")
+    parser.add_argument("--picture", type=Path, help="also write the sample grid and the loss curve as one PNG")
     options = parser.parse_args(args)
     folder = RunFolder(options.run)
     config, _ = folder.read_config()
@@ -113,4 +127,6 @@ def main(args: Sequence[str]) -> int:
     out = options.out or environment.RESULTS / result["environment"]["machine"] / "digits.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, result)
+    if options.picture:
+        picture(folder, options.picture)
     return 0

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scalelong_fast.errors import UserError, invalid
+from scalelong_fast.models.cpu_attention import cpu_attention
 
 
 def require_backend(name: str) -> None:
@@ -17,15 +18,6 @@ def require_backend(name: str) -> None:
                 f"attention: got 'xformers', which cannot be imported here ({type(error).__name__}: {error}). Install "
                 'it with: pip install "scalelong_fast[xformers]", or use attention "sdpa".'
             ) from error
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # PyTorch's flash kernel for CPUs has a slow bf16 backward: torch 2.13, one core of an AMD EPYC (Zen 4), forward
-        # and backward of (B, H, L, d) = (64, 4, 18, 16) 25 ms against 2.3 ms of explicit products, and of (32, 8, 257,
-        # 32) 318 against 229 ms.
-        return _math(q, k, v, scale)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -41,8 +33,8 @@ class Attention(nn.Module):
         num_heads: H, a divisor of D.
         qkv_bias: bias in the joint projection.
         qk_scale: factor of the logits; None: (D/H)^-1/2.
-        backend: ``sdpa`` (PyTorch picks flash, memory-efficient or math; explicit products for bf16 on a CPU, where
-            they are faster), ``xformers`` or ``math`` (explicit products and softmax).
+        backend: ``sdpa`` (PyTorch picks flash, memory-efficient or math; :mod:`.cpu_attention` for bf16 on a CPU),
+            ``xformers`` or ``math`` (explicit products and softmax).
 
     Unlike the authors' released code, q, k and v keep their dtype under autocast instead of being raised to float32.
     """
@@ -67,8 +59,13 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
         if self.backend == "xformers":
             return self.proj(self._xformers(qkv).reshape(batch, length, dim))
+        if self.backend == "sdpa" and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
+            return self.proj(cpu_attention(qkv, self.scale))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, L, D/H) each
-        out = (_sdpa if self.backend == "sdpa" else _math)(q, k, v, self.scale)
+        if self.backend == "sdpa":
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        else:
+            out = _math(q, k, v, self.scale)
         return self.proj(out.transpose(1, 2).reshape(batch, length, dim))
 
     def _xformers(self, qkv: Tensor) -> Tensor:
