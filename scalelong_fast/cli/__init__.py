@@ -1,9 +1,11 @@
 """The command ``scalelong-fast``."""
 
+import contextlib
 import importlib
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from scalelong_fast.errors import UserError, unknown_name
 from scalelong_fast.version import __version__
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] == "--version":
         print(f"scalelong_fast {__version__}")
         return 0
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet_threads():
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
             if args[0] not in COMMANDS:
@@ -62,6 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(error, NonFiniteLossError):
                 return _fail(str(error), 1)
             raise
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """No traceback for an OSError in a thread: TensorBoard's writer raises it again in the main one (a full disk)."""
+    before = threading.excepthook
+    threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else before(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _fail(message: str, code: int) -> int:

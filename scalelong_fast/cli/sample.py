@@ -96,6 +96,7 @@ def main(args: Sequence[str]) -> int:
         if args:
             raise
         return 2  # help, since RUN was missing
+    labels = parse_labels(arguments.labels)
     folder = RunFolder(run)
     config, _ = folder.read_config()
     device = resolve_execution(TrainConfig(device=arguments.device, compile="off")).device
@@ -106,10 +107,10 @@ def main(args: Sequence[str]) -> int:
     console = Console()
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("sampling", total=None)
-        images, labels = generate(
+        images, drawn = generate(
             model,
             config,
-            labels=parse_labels(arguments.labels),
+            labels=labels,
             num_per_label=arguments.num_per_label,
             sampler=arguments.sampler,
             steps=arguments.steps,
@@ -121,7 +122,7 @@ def main(args: Sequence[str]) -> int:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".npz":
-            write_atomically(out, lambda file: np.savez(file, images=images, labels=labels))
+            write_atomically(out, lambda file: np.savez(file, images=images, labels=drawn))
         else:
             save_png(out, image_grid(images, columns=min(arguments.num_per_label, 20)))
     except OSError as error:

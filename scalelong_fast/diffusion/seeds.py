@@ -46,13 +46,14 @@ class NoiseStreams:
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        self._generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        # NumPy's, since PyTorch's CPU generator keeps 32 bits of a seed: of 50,000 images two might be equal.
+        self._generators = [np.random.default_rng(int(seed)) for seed in seeds]
 
     def normal(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Draw the next noise of each image: (N, *shape) fp32 on ``device``."""
         noise = torch.empty(len(self._generators), *shape, dtype=torch.float32)
         for image, generator in zip(noise, self._generators, strict=True):
-            image.normal_(generator=generator)
+            image.copy_(torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32)))
         return noise.to(device)
 
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-#: Logits worked on at a time, in bytes: well below a second- plus third-level cache share of one core.
-CHUNK_BYTES = 2 << 20
+#: Logits worked on at a time, in bytes: two images of 8 heads and 257 tokens. One image at a time pays for more calls
+#: (135 ms instead of 87), four at a time leave the second-level caches (116 ms).
+CHUNK_BYTES = 5 << 19
 
 
 def _chunks(qkv: Tensor, scale: float) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:

@@ -55,8 +55,8 @@ def create_scaling(
         widths: channels (UNet) or tokens (U-ViT) of the skips: one number, or one per skip, outermost first.
         kappa: κ > 0. Default 1/√2 for ``uniform``, 0.7 for CS, 1 for ``learnable``. The gates and ``none`` have no
             use for it and say so with a warning.
-        **gate_options: for the gates: ``calibration`` (``se``), ``reduction`` r, ``activation`` (relu, elu, mish),
-            ``init`` (``paper`` or ``identity``). Ignored by the others.
+        calibration, reduction, activation, init: of the gates (see :class:`~scalelong_fast.scaling.SEGate`): ``se``; r;
+            relu, elu or mish; ``paper`` or ``identity``. The others ignore them.
 
     Raises:
         UserError: unknown name, κ ≤ 0, or a bad gate option.

@@ -125,8 +125,8 @@ class SampleConfig:
 
     sampler: str = "dpm-solver++"
     """ddim, dpm-solver++ or euler-maruyama."""
-    steps: int = 50
-    """Steps of the sampler (the paper's Euler-Maruyama takes 1000)."""
+    steps: int | None = None
+    """Steps of the sampler; default: 50, and 1000 of euler-maruyama as in the paper."""
     guidance: float = 1.0
     """Classifier-free guidance weight w: null + w (conditional - null); 1: none."""
     grid: int = 10
@@ -134,7 +134,8 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         resolve_sampler(self.sampler)
-        check_range("sample.steps", self.steps, low=1, high=1000, integer=True)
+        if self.steps is not None:
+            check_range("sample.steps", self.steps, low=1, high=1000, integer=True)
         check_range("sample.guidance", self.guidance, low=0)
         check_range("sample.grid", self.grid, low=1, high=100, integer=True)
 
@@ -161,6 +162,13 @@ class RunConfig:
                 self.sample.guidance,
                 "1 in a run without label dropout, since the model then never learns the null class",
                 "Set --diffusion.label-dropout 0.1 or --sample.guidance 1.",
+            )
+        if resolve_sampler(self.sample.sampler) == "euler-maruyama" and self.diffusion.schedule != "vpsde":
+            raise invalid(
+                "sample.sampler",
+                self.sample.sampler,
+                f"ddim or dpm-solver++ with diffusion.schedule {self.diffusion.schedule!r}",
+                "Euler-Maruyama solves the differential equation of the schedule vpsde.",
             )
 
     @property

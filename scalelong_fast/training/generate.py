@@ -10,6 +10,7 @@ from scalelong_fast.diffusion import create_schedule, image_seeds, resolve_sampl
 from scalelong_fast.errors import check_range, invalid
 from scalelong_fast.models import UViT
 from scalelong_fast.training.config import RunConfig
+from scalelong_fast.training.hardware import autocast_dtype
 
 
 def check_labels(labels: Sequence[int] | None, config: RunConfig) -> list[int] | None:
@@ -83,8 +84,9 @@ def generate(
         config.diffusion.schedule, beta_min=config.diffusion.beta_min, beta_max=config.diffusion.beta_max
     )
     device = model.pos_embed.device
-    # bf16 on a GPU; on a CPU float32, so that the last bits do not depend on the batch a sample was drawn in.
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+    # On a GPU as in training; on a CPU float32, so that the last bits do not depend on the batch a sample was drawn in.
+    dtype = autocast_dtype(config.train.precision, device) if device.type == "cuda" else None
+    with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         samples = sample_images(
             model,
             schedule,

@@ -38,10 +38,10 @@ def resolve_execution(train: TrainConfig) -> Execution:
     """Resolve ``train.device``, ``train.precision`` and ``train.compile`` on this machine."""
     device = _device(train.device)
     notes = []
-    compiled, note = _compile(train)
+    compiled, note = _compile(train, device)
     if note:
         notes.append(note)
-    return Execution(device, _autocast(train.precision, device), compiled, tuple(notes))
+    return Execution(device, autocast_dtype(train.precision, device), compiled, tuple(notes))
 
 
 def _device(name: str) -> torch.device:
@@ -64,10 +64,13 @@ def cpu_has_native_bf16() -> bool:
     return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
-def _autocast(precision: str, device: torch.device) -> torch.dtype | None:
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """Resolve ``train.precision`` on ``device``; None is float32 throughout."""
     if precision == "auto":
         if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+            with torch.cuda.device(device):
+                native = torch.cuda.is_bf16_supported(including_emulation=False)
+            return torch.bfloat16 if native else torch.float16
         return torch.bfloat16 if device.type == "cpu" and cpu_has_native_bf16() else None
     if precision == "fp16" and device.type == "cpu":
         raise invalid("train.precision", "fp16", "bf16 or fp32 on a CPU", "fp16 needs a GPU.")
@@ -82,9 +85,9 @@ def find_cxx_compiler() -> str | None:
     return next((path for name in (*candidates, "g++", "clang++") if name and (path := shutil.which(name))), None)
 
 
-def _compile(train: TrainConfig) -> tuple[bool, str | None]:
+def _compile(train: TrainConfig, device: torch.device) -> tuple[bool, str | None]:
     if train.compile == "off" or (train.compile == "auto" and train.steps < STEPS_THAT_REPAY_COMPILING):
         return False, None
-    if find_cxx_compiler() is None:
+    if device.type == "cpu" and find_cxx_compiler() is None:
         return False, "No C++ compiler found: training eagerly, without torch.compile (install g++ to speed it up)."
     return True, None

@@ -2,6 +2,7 @@
 
 import copy
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,9 @@ class NonFiniteLossError(RuntimeError):
 def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and Ctrl-C in a list instead of dying; a second Ctrl-C interrupts at once."""
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Python delivers signals to the main thread only
+        return
 
     def handler(number: int, frame: Any) -> None:
         if number == signal.SIGINT and received:
@@ -135,7 +139,8 @@ class Trainer:
         step = self._resume(facts)
         self.folder.write_config(config, **facts)
         if step >= config.train.steps:
-            self._finish(step)
+            if not self._is_complete(step):
+                self._finish(step)
             self.say(f"{self.folder.path} is finished: {step} steps of {config.train.steps}. Nothing to train.")
             return step
         for note in execution.notes:
@@ -211,6 +216,7 @@ class Trainer:
                 f"data.name: {self.folder.path} was trained on other images than {self.config.data.name!r} gives now. "
                 "Bring the old data back to go on, or use another --out."
             )
+        self._sample_settings_changed = old.sample != self.config.sample
         latest = self.checkpoints.load_latest(lambda line: self.say(line, style="yellow"))
         assert latest is not None  # there are files, and load_latest raises if none can be read
         step, state = latest
@@ -249,6 +255,19 @@ class Trainer:
         grid = image_grid(images, columns=config.sample.grid)
         save_png(self.folder.sample_grid, grid)
         return grid
+
+    def _is_complete(self, step: int) -> bool:
+        """Whether a finished run holds all it must; the sample grid is what :meth:`_finish` writes last."""
+        grid, curve = self.folder.sample_grid, self.folder.loss_curve
+        if self._sample_settings_changed or not (grid.is_file() and curve.is_file()):
+            return False
+        if grid.stat().st_mtime < self.checkpoints.file(step).stat().st_mtime:
+            return False
+        try:
+            self.folder.load_ema()
+        except UserError:
+            return False
+        return True
 
     def _finish(self, step: int) -> None:
         """Write what a finished run must hold; a crash may have left the old averaged model or none."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scalelong_fast.training.checkpoint import write_atomically
+
 
 class LossWindow:
     """Mean loss since the last log, and the first non-finite step, both on the device.
@@ -72,9 +74,8 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int, tensorboard: Path | None = None):
         rows = [row for row in read_metrics(path) if row["step"] <= step and not row.get("partial")]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, path)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(path, lambda file: file.write(text.encode()))
         self.rows = rows
         self._file = open(path, "a")  # noqa: SIM115 - lives as long as the run
         self._writer = None
@@ -103,6 +104,8 @@ class MetricsLog:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        try:
+            self._file.close()
+        finally:
+            if self._writer is not None:
+                self._writer.close()

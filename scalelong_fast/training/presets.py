@@ -26,7 +26,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
                 # Compiling takes 20 to 70 s on two cores and would save 10 ms a step: it just about breaks even.
                 compile="off",
             ),
-            sample=SampleConfig(sampler="dpm-solver++", steps=50, guidance=2.0),
+            sample=SampleConfig(sampler="dpm-solver++", guidance=2.0),
         ),
     ),
     "cifar10-uvit": (
@@ -37,7 +37,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
             train=TrainConfig(
                 steps=500_000, batch_size=128, lr=2e-4, betas=(0.99, 0.999), warmup_steps=2500, save_every=10_000
             ),
-            sample=SampleConfig(sampler="dpm-solver++", steps=50),
+            sample=SampleConfig(sampler="dpm-solver++"),
         ),
     ),
 }

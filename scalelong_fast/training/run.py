@@ -53,10 +53,13 @@ class RunFolder:
             ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
+            self.close()
             raise UserError(
                 f"out: another process is training in {self.path}. Wait for it, or choose another --out."
             ) from error
+        except OSError:
+            pass  # a file system without locks (some network ones): train without the claim
 
     def remove_if_untouched(self) -> None:
         """Take the folder away again if there is nothing in it but the claim (the run was refused)."""

@@ -1,7 +1,6 @@
 """One optimiser step: draw, forward, backward, AdamW, EMA. No host-device synchronisation inside."""
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,9 @@ from scalelong_fast.training.config import RunConfig
 from scalelong_fast.training.ema import EMA
 from scalelong_fast.training.hardware import Execution
 from scalelong_fast.training.optim import create_optimizer, learning_rate
+
+#: What torch.compile raises, at the first forward or the first backward.
+_COMPILE_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
 
 #: Data sets up to this size live on the device.
 DEVICE_RESIDENT_BYTES = 4 << 30
@@ -79,27 +81,6 @@ class BatchSource:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
-class CompiledOrEager:
-    """A function under torch.compile that falls back to eager, with a warning, where compiling it fails.
-
-    A compiler may be found and yet not work: no Python headers, no space for the cache, no memory.
-    """
-
-    def __init__(self, function: Callable[..., Tensor]):
-        self.function = function
-        self.compiled: Callable[..., Tensor] | None = torch.compile(function, fullgraph=True, dynamic=False)
-
-    def __call__(self, *args: Tensor | None) -> Tensor:
-        if self.compiled is not None:
-            try:
-                return self.compiled(*args)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                reason = str(error).strip().splitlines() or [type(error).__name__]
-                warnings.warn(f"torch.compile failed, going on eagerly: {reason[0]}", stacklevel=2)
-                self.compiled = None
-        return self.function(*args)
-
-
 class TrainStep:
     """The step as one callable; owns optimiser, EMA and gradient scaler of the model.
 
@@ -122,17 +103,26 @@ class TrainStep:
             with torch.autocast(device, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
                 return diffusion_loss(model, schedule, x0, noise, u, labels)
 
-        self.loss_fn = loss_fn
-        if execution.compile:
-            self.loss_fn = CompiledOrEager(loss_fn)
+        self.compiled = execution.compile
+        self._eager_loss_fn = loss_fn
+        self.loss_fn = torch.compile(loss_fn, fullgraph=True, dynamic=False) if execution.compile else loss_fn
 
     def __call__(self, step: int, draw: Draw) -> Tensor:
         """Take the update that follows ``step`` finished ones; returns the loss, a 0-dim float32 device tensor."""
         rate = learning_rate(step, self.config.train)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self.loss_fn(draw.x0, draw.noise, draw.u, draw.labels)
-        self.scaler.scale(loss).backward()
+        try:
+            loss = self._loss_and_gradients(draw)
+        except _COMPILE_ERRORS as error:
+            # A compiler may be found and yet not work: no Python headers, no space for its cache.
+            if not self.compiled:
+                raise
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            warnings.warn(f"torch.compile failed, going on eagerly: {reason}", stacklevel=2)
+            self.compiled, self.loss_fn = False, self._eager_loss_fn
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self._loss_and_gradients(draw)
         if self.config.train.grad_clip > 0:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.config.train.grad_clip)
@@ -141,6 +131,11 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update()
         return loss.detach()
+
+    def _loss_and_gradients(self, draw: Draw) -> Tensor:
+        loss = self.loss_fn(draw.x0, draw.noise, draw.u, draw.labels)
+        self.scaler.scale(loss).backward()
+        return loss
 
     def state_dict(self) -> dict:
         """Model, EMA, optimiser and scaler: all that the next step depends on."""

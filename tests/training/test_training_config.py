@@ -201,3 +201,13 @@ class TestChangedFields:
     def test_a_field_that_one_side_lacks_counts_as_none(self):
         assert changed_fields({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}) == [("a.c", None, 2)]
         assert changed_fields({"a": {"b": 1, "c": 2}}, {"a": {"b": 1}}) == [("a.c", 2, None)]
+
+
+def test_a_sampler_that_does_not_suit_the_schedule_is_refused_before_training():
+    preset = get_preset("digits-uvit")
+    with pytest.raises(UserError, match=r"sample\.sampler: got 'euler-maruyama'"):
+        dataclasses.replace(
+            preset,
+            diffusion=dataclasses.replace(preset.diffusion, schedule="ddpm"),
+            sample=dataclasses.replace(preset.sample, sampler="euler-maruyama"),
+        )

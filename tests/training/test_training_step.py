@@ -154,3 +154,44 @@ def test_bf16_autocast_keeps_weights_and_loss_in_float32(tiny, make_step, batche
     reference = make_step(tiny())(0, batches(0))
     assert loss != reference
     torch.testing.assert_close(loss, reference, rtol=2e-2, atol=0)
+
+
+class _Uncompilable:
+    """Stands in for a compiled loss whose compiler fails, in the forward or in the backward."""
+
+    def __init__(self, eager, where):
+        self.eager, self.where = eager, where
+
+    def __call__(self, *args):
+        if self.where == "forward":
+            raise torch._dynamo.exc.TorchDynamoException("no Python.h")
+        return _FailingBackward.apply(self.eager(*args))
+
+
+class _FailingBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise torch._dynamo.exc.TorchDynamoException("no space left")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_goes_on_eagerly_where_compiling_fails(tiny, make_step, batches, monkeypatch, where):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: _Uncompilable(function, where))
+    config = tiny()
+    broken, eager = make_step(config, Execution(CPU, None, True)), make_step(config)
+    with pytest.warns(UserWarning, match="torch.compile failed, going on eagerly: no"):
+        loss = broken(0, batches(0))
+    assert loss == eager(0, batches(0))
+    assert broken(1, batches(1)) == eager(1, batches(1))
+    assert torch.equal(weights(broken), weights(eager))
+
+
+def test_an_error_of_an_eager_step_is_not_swallowed(tiny, make_step, batches):
+    step = make_step(tiny())
+    step.loss_fn = _Uncompilable(step.loss_fn, "forward")
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        step(0, batches(0))
