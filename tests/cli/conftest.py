@@ -5,7 +5,6 @@ import io
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from scalelong_fast.cli import main
 
@@ -15,15 +14,6 @@ TINY = [
     *("--train.device", "cpu", "--train.precision", "fp32", "--train.no-tensorboard"),
     *("--sample.sampler", "ddim", "--sample.steps", "2", "--sample.grid", "1"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models of this size lose by a second thread, and badly so on a busy computer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -45,15 +45,6 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models of this size lose by a second thread, and badly so on a busy computer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def tiny():
     """``tiny({"train.steps": 4})``: the digits preset at toy size, with dotted overrides."""
