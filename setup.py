@@ -30,6 +30,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # scalelong_fast/kernels is a link to kernels/, which has no __init__.py: hence namespace packages.
+    package_data={"scalelong_fast.kernels": ["tables/*.json"]},
     packages=find_namespace_packages(include=["scalelong_fast", "scalelong_fast.*"]),
     install_requires=[
         "einops>=0.7",

@@ -1,7 +1,13 @@
 """Fixtures of all tests."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton: its interpreter runs the kernels on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -11,3 +17,50 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    """Where Triton kernels run: the CPU through the interpreter, and a GPU where there is one."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    if request.param == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs TRITON_INTERPRET=1")
+    return request.param
+
+
+@pytest.fixture
+def assert_as_accurate():
+    """Check a result against float64, with the error of PyTorch's own path of the same dtype as the yardstick.
+
+    ``assert_as_accurate(actual, pytorch, exact, factor=2.0)``: the root-mean-square error of ``actual`` is at most
+    ``factor`` times that of ``pytorch``, or, where PyTorch happens to be exact, half a unit in the last place.
+    """
+
+    def rms(x: torch.Tensor) -> float:
+        return x.double().square().mean().sqrt().item() if x.numel() else 0.0
+
+    def check(actual, pytorch, exact, factor: float = 2.0) -> None:
+        assert actual.shape == exact.shape
+        assert actual.dtype == pytorch.dtype
+        exact = exact.double()
+        yardstick = max(rms(pytorch.double() - exact), torch.finfo(actual.dtype).eps / 2 * rms(exact))
+        error = rms(actual.double() - exact)
+        assert error <= factor * yardstick, f"error {error:.3g}, {error / max(yardstick, 1e-300):.2f} times PyTorch's"
+
+    return check
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory from torch.empty and torch.empty_like holds NaN: what a kernel forgets to write shows."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
