@@ -14,10 +14,10 @@ from rich.progress import Progress
 from scalelong_fast.cli.parse import parse
 from scalelong_fast.diffusion import resolve_sampler
 from scalelong_fast.errors import UserError, check_range, invalid
-from scalelong_fast.training import RunFolder, TrainConfig, generate
+from scalelong_fast.training import RunFolder, generate
 from scalelong_fast.training.checkpoint import write_atomically
 from scalelong_fast.training.figures import image_grid, save_png
-from scalelong_fast.training.hardware import resolve_execution
+from scalelong_fast.training.hardware import resolve_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def main(args: Sequence[str]) -> int:
     labels = parse_labels(arguments.labels)
     folder = RunFolder(run)
     config, _ = folder.read_config()
-    device = resolve_execution(TrainConfig(device=arguments.device, compile="off")).device
+    device = resolve_device(arguments.device, "--device")
     model = folder.load_ema(device)
     out = arguments.out or folder.path / "generated.npz"
 

@@ -55,6 +55,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Attend among the tokens ``x`` ``(B, L, D)``; the result has the same shape."""
         batch, length, dim = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
         if self.backend == "xformers":

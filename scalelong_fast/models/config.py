@@ -58,6 +58,8 @@ class UViTConfig:
     """LS: the paper's initialisation, or identity (kappa near 1 at the start, for networks already trained)."""
     attention: Literal["sdpa", "xformers", "math"] = "sdpa"
     """Attention backend."""
+    fused: bool | None = None
+    """Fused long skips and residual LayerNorms (True), plain PyTorch (False), or fused where it wins (none)."""
     residual_dtype: Literal["bf16", "fp32"] = "fp32"
     """Dtype of the residual stream while training or sampling under bf16 autocast."""
 
@@ -88,6 +90,8 @@ class UViTConfig:
             raise unknown_name("init", self.init, INITS)
         if self.attention not in ATTENTION_BACKENDS:
             raise unknown_name("attention", self.attention, ATTENTION_BACKENDS)
+        if self.fused not in (None, True, False):
+            raise invalid("fused", self.fused, "True, False or None (fused where it wins)")
         if self.residual_dtype not in ("bf16", "fp32"):
             raise unknown_name("residual_dtype", self.residual_dtype, ("bf16", "fp32"))
 

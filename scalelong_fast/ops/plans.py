@@ -54,7 +54,7 @@ class _Owner:
 _OWNERS: dict[str, _Owner] = {}
 
 # A module global, not a context variable: torch.compile guards on it, so that a compiled caller sees the change.
-_forced: str | None = None
+_forced: tuple[str, ...] = ()
 
 
 def register_plans(op: str, plans: list[Plan], problem: Callable[..., Problem]) -> None:
@@ -108,7 +108,8 @@ def explain_plan(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Pla
 def force_plan(name: str) -> Iterator[None]:
     """Make every op that owns plan ``name`` use it inside the block; other ops choose as usual.
 
-    The force holds for the whole process, all threads included. A backward follows the plan of its forward, whether or
+    Blocks may be nested, e.g. one plan for the norms and one for the products; for an op that owns both the inner one
+    holds. The force holds for the whole process, all threads included. A backward follows the plan of its forward, whether or
     not it runs inside the block.
 
     Raises:
@@ -117,7 +118,7 @@ def force_plan(name: str) -> Iterator[None]:
     """
     global _forced
     _check_known(name)
-    before, _forced = _forced, name
+    before, _forced = _forced, (name, *_forced)
     try:
         yield
     finally:
@@ -132,8 +133,9 @@ def _check_known(name: str) -> None:
 
 def _demanded(owner: _Owner) -> tuple[str, str] | None:
     """The plan that the user demands of this op, and where he said so."""
-    if _forced is not None and _forced in owner.plans:
-        return _forced, f"force_plan({_forced!r}) says so"
+    for name in _forced:
+        if name in owner.plans:
+            return name, f"force_plan({name!r}) says so"
     name = os.environ.get("SCALELONG_PLAN")
     if name:
         if name in owner.plans:

@@ -69,9 +69,13 @@ class LongSkipScaling(nn.Module):
         if not 1 <= i <= self.num_skips:
             raise invalid("i", i, f"the index of a long skip, 1 (outermost) to {self.num_skips} (innermost)")
         kappa = self.coefficient(i, skip, pooled)
+        self.record(i, kappa)
+        return kappa
+
+    def record(self, i: int, kappa: Kappa) -> None:
+        """Note κ_i, for :meth:`recording`; a backbone that computes κ_i in a fused op hands it in here."""
         if self._recorded is not None:
             self._recorded[i] = kappa.detach().clone() if isinstance(kappa, Tensor) else torch.tensor(kappa)
-        return kappa
 
     def forward(self, skip: Tensor, i: int, pooled: Tensor | None = None) -> Tensor:
         """κ_i ⊙ skip, with the shape and dtype of ``skip``."""

@@ -41,6 +41,7 @@ class ConstantScaling(LongSkipScaling):
         raise NotImplementedError
 
     def coefficient(self, i: int, skip: Tensor, pooled: Tensor | None = None) -> float:
+        """κ_i, a Python float; see :meth:`~scalelong_fast.scaling.LongSkipScaling.kappa` for the arguments."""
         return self.kappas[i - 1]
 
     def extra_repr(self) -> str:

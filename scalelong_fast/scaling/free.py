@@ -20,4 +20,5 @@ class FreeScaling(LongSkipScaling):
         self.kappas = nn.Parameter(torch.full((num_skips,), 1.0 if kappa is None else check_kappa(kappa)))
 
     def coefficient(self, i: int, skip: Tensor, pooled: Tensor | None = None) -> Tensor:
+        """κ_i, a 0-dim tensor; see :meth:`~scalelong_fast.scaling.LongSkipScaling.kappa` for the arguments."""
         return self.kappas[i - 1]

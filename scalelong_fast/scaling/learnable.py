@@ -40,6 +40,7 @@ class LearnableScaling(LongSkipScaling):
         raise NotImplementedError
 
     def coefficient(self, i: int, skip: Tensor, pooled: Tensor | None = None) -> Tensor:
+        """κ_i ``(B, N_i)``; see :meth:`~scalelong_fast.scaling.LongSkipScaling.kappa` for the arguments."""
         if skip.shape[1] != self.widths[i - 1]:
             raise invalid(
                 f"skip {i}",

@@ -36,7 +36,7 @@ class Execution:
 
 def resolve_execution(train: TrainConfig) -> Execution:
     """Resolve ``train.device``, ``train.precision`` and ``train.compile`` on this machine."""
-    device = _device(train.device)
+    device = resolve_device(train.device)
     notes = []
     compiled, note = _compile(train, device)
     if note:
@@ -44,17 +44,22 @@ def resolve_execution(train: TrainConfig) -> Execution:
     return Execution(device, autocast_dtype(train.precision, device), compiled, tuple(notes))
 
 
-def _device(name: str) -> torch.device:
+def resolve_device(name: str, argument: str = "train.device") -> torch.device:
+    """The device called ``name``; ``auto`` is the first GPU, else the CPU.
+
+    Raises:
+        UserError: no such device; the message names ``argument``.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise invalid("train.device", name, "auto, cpu, cuda or cuda:<number>") from error
+        raise invalid(argument, name, "auto, cpu, cuda or cuda:<number>") from error
     if device.type not in ("cpu", "cuda"):
-        raise invalid("train.device", name, "auto, cpu, cuda or cuda:<number>")
+        raise invalid(argument, name, "auto, cpu, cuda or cuda:<number>")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"train.device: got {name!r}, but {torch.cuda.device_count()} CUDA devices are visible.")
+        raise UserError(f"{argument}: got {name!r}, but {torch.cuda.device_count()} CUDA devices are visible.")
     return device
 
 
