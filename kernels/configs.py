@@ -52,6 +52,20 @@ def table_names() -> list[str]:
     return sorted(path.stem for path in TABLES.glob("*.json"))
 
 
+def find_line(kernel: str, arch: str, dtype: str, width: int) -> tuple[str, int] | None:
+    """(table, line) that serves a launch: the first whose ``dtypes`` and ``width`` fit; None where there is none.
+
+    An architecture without a table reads sm_80's, whose configurations need least.
+    """
+    for name in (arch, "sm_80"):
+        for index, line in enumerate(table(name)["configs"].get(kernel, [])):
+            if line.get("dtypes") and dtype not in line["dtypes"]:
+                continue
+            if in_range(width, line.get("width", [None, None])):
+                return name, index
+    return None
+
+
 @functools.cache
 def launch_config(kernel: str, arch: str, dtype: str, width: int) -> LaunchConfig:
     """The configuration of a kernel.
@@ -63,16 +77,13 @@ def launch_config(kernel: str, arch: str, dtype: str, width: int) -> LaunchConfi
         width: the kernel's own measure of size (the K or N of a product, the row length of a norm).
 
     Returns:
-        The first line whose ``dtypes`` and ``width`` fit. An architecture without a table reads sm_80's, whose
-        configurations need least.
+        The line that :func:`find_line` finds.
 
     Raises:
         NotImplementedError: no line fits.
     """
-    for name in (arch, "sm_80"):
-        for line in table(name)["configs"].get(kernel, []):
-            if line.get("dtypes") and dtype not in line["dtypes"]:
-                continue
-            if in_range(width, line.get("width", [None, None])):
-                return LaunchConfig(line["meta"], line.get("num_warps", 4), line.get("num_stages", 3))
-    raise NotImplementedError(f"kernel {kernel!r} has no launch configuration for {arch}, {dtype}, width {width}")
+    found = find_line(kernel, arch, dtype, width)
+    if found is None:
+        raise NotImplementedError(f"kernel {kernel!r} has no launch configuration for {arch}, {dtype}, width {width}")
+    line = table(found[0])["configs"][kernel][found[1]]
+    return LaunchConfig(line["meta"], line.get("num_warps", 4), line.get("num_stages", 3))

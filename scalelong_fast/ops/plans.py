@@ -109,8 +109,8 @@ def force_plan(name: str) -> Iterator[None]:
     """Make every op that owns plan ``name`` use it inside the block; other ops choose as usual.
 
     Blocks may be nested, e.g. one plan for the norms and one for the products; for an op that owns both the inner one
-    holds. The force holds for the whole process, all threads included. A backward follows the plan of its forward, whether or
-    not it runs inside the block.
+    holds. The force holds for the whole process, all threads included. A backward follows the plan of its forward,
+    whether or not it runs inside the block.
 
     Raises:
         UserError: a name that no op owns.

@@ -117,7 +117,7 @@ def test_the_force_ends_with_the_block_also_after_an_error(toy):
 
 
 def test_unknown_plans_are_refused(toy, monkeypatch):
-    with pytest.raises(UserError, match="plan: got 'stedy'.*Did you mean 'steady'"), force_plan("stedy"):
+    with pytest.raises(UserError, match=r"plan: got 'stedy'.*Did you mean 'steady'"), force_plan("stedy"):
         pass
     monkeypatch.setenv("SCALELONG_PLAN", "stedy")
     with pytest.raises(UserError, match="plan: got 'stedy'"):
