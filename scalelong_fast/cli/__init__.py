@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a preset into a run folder, or go on with one",
     "sample": "draw images from a trained run",
     "models": "list the model presets",
+    "tune": "time the fused ops' plans on this machine and remember the fastest",
 }
 
 USAGE = """usage: scalelong-fast COMMAND ...

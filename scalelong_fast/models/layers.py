@@ -1,6 +1,8 @@
 """Building blocks of the U-ViT; parameter names are those of the authors' released code."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -9,6 +11,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from scalelong_fast.models.attention import Attention
+from scalelong_fast.models.long_skip import LongSkip, Stream, is_plain, merge_long_skip
+from scalelong_fast.ops import add_layer_norm_gap, layer_norm_gap
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -63,6 +67,35 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+def residual_norm(stream: Stream, norm: nn.LayerNorm, skip: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Make the stream's pending addition, normalise it and pool it, in one op.
+
+    Args:
+        stream: x and the branch to be added.
+        norm: LayerNorm over D.
+        skip: whether the sum leaves as a long skip too.
+
+    Returns:
+        LayerNorm(s) ``(B, L, D)`` in autocast's dtype where that is on, the GAP of s ``(B, L)`` float32, the new stream
+        s, and s once more as the long skip, in the dtype a Linear will read it in.
+    """
+    device = stream.x.device.type
+    narrow = None
+    # The meta device knows no autocast.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        narrow = torch.get_autocast_dtype(device)
+    if not is_plain(norm, nn.LayerNorm):
+        x = stream.sum()
+        return norm(x), x.mean(-1, dtype=torch.promote_types(x.dtype, torch.float32)), x, x
+    if stream.branch is None:
+        y, pooled = layer_norm_gap(stream.x, norm.weight, norm.bias, norm.eps, out_dtype=narrow)
+        return y, pooled, stream.x, stream.x
+    skip_dtype = narrow if skip and narrow is not None and narrow != stream.x.dtype else None
+    return add_layer_norm_gap(
+        stream.x, stream.branch, norm.weight, norm.bias, norm.eps, out_dtype=narrow, skip_dtype=skip_dtype
+    )
+
+
 class Block(nn.Module):
     """Pre-norm transformer block ``(B, L, D) → (B, L, D)``; a decoder block first merges its long skip.
 
@@ -91,14 +124,48 @@ class Block(nn.Module):
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
         self.use_checkpoint = use_checkpoint
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Args: x ``(B, L, D)``; skip, already scaled, ``(B, L, D)`` in decoder blocks."""
+    def forward(
+        self, x: Tensor | Stream, skip: Tensor | LongSkip | None = None
+    ) -> Tensor | tuple[Stream, tuple[Tensor, Tensor]]:
+        """Plain or fused, by the type of ``x``.
+
+        Args:
+            x: the stream ``(B, L, D)``; or, for the fused path, a :class:`Stream`.
+            skip: decoder blocks only: ``(B, L, D)``, already scaled; for the fused path a :class:`LongSkip`.
+
+        Returns:
+            The stream ``(B, L, D)``; of the fused path a :class:`Stream`, and features and GAP of the stream as it
+            came in: the long skip of the block before, ``(B, L, D)`` and ``(B, L)``.
+        """
+        if isinstance(x, Stream):
+            return self._decode(x, skip) if isinstance(skip, LongSkip) else self._encode(x)
+        return self._maybe_checkpoint(self._forward, x, skip)
+
+    def _maybe_checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
         if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, skip, use_reentrant=False)
-        return self._forward(x, skip)
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
 
     def _forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
         if self.skip_linear is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1)).to(x.dtype)
         x = x + self.attn(self.norm1(x)).to(x.dtype)
         return x + self.mlp(self.norm2(x)).to(x.dtype)
+
+    def _encode(self, stream: Stream) -> tuple[Stream, tuple[Tensor, Tensor]]:
+        # The addition and what it gives the long skip lie before the checkpoint: the skip is kept in any case.
+        y, pooled, x, features = residual_norm(stream, self.norm1, skip=True)
+        return self._maybe_checkpoint(self._fused_body, y, x), (features, pooled)
+
+    def _decode(self, stream: Stream, skip: LongSkip) -> tuple[Stream, None]:
+        return self._maybe_checkpoint(self._fused_decoder, stream.sum(), skip.features, skip.pooled, skip), None
+
+    def _fused_decoder(self, x: Tensor, features: Tensor, pooled: Tensor | None, skip: LongSkip) -> Stream:
+        # Tensors come as arguments of their own: a checkpoint looks for them there.
+        x = merge_long_skip(x, skip._replace(features=features, pooled=pooled), self.skip_linear).to(x.dtype)
+        y, _, x, _ = residual_norm(Stream(x), self.norm1)
+        return self._fused_body(y, x)
+
+    def _fused_body(self, y: Tensor, x: Tensor) -> Stream:
+        y, _, x, _ = residual_norm(Stream(x, self.attn(y)), self.norm2)
+        return Stream(x, self.mlp(y))

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from scalelong_fast.errors import UserError, invalid
 from scalelong_fast.models.config import UViTConfig
 from scalelong_fast.models.hub import HubMixin
-from scalelong_fast.models.layers import Block, PatchEmbed, timestep_embedding, unpatchify
+from scalelong_fast.models.layers import Block, PatchEmbed, residual_norm, timestep_embedding, unpatchify
+from scalelong_fast.models.long_skip import LongSkip, Stream
 from scalelong_fast.scaling import LongSkipScaling, create_scaling
 
 
@@ -112,6 +113,12 @@ class UViT(
         h = torch.cat([*tokens, self.patch_embed(x)], dim=1) + self.pos_embed
         h = h.to(self._residual_dtype(h))
 
+        h = self._fused_blocks(h) if self._use_fused(h) else self._plain_blocks(h)
+        patches = self.decoder_pred(h[:, config.extras :])
+        return self.final_layer(unpatchify(patches, config.in_chans)).to(x.dtype)
+
+    def _plain_blocks(self, h: Tensor) -> Tensor:
+        """All blocks and the last norm in plain PyTorch: the reference."""
         skips = []
         for block in self.in_blocks:
             h = block(h)
@@ -123,9 +130,26 @@ class UViT(
                 continue
             i = len(skips)
             h = block(h, self.scaling(skips.pop(), i))
+        return self.norm(h)
 
-        patches = self.decoder_pred(self.norm(h)[:, config.extras :])
-        return self.final_layer(unpatchify(patches, config.in_chans)).to(x.dtype)
+    def _fused_blocks(self, h: Tensor) -> Tensor:
+        """The same with fused ops: each residual addition is made by the norm after it, which also pools the skip."""
+        stream, _ = self.in_blocks[0](Stream(h))
+        skips = []
+        for block in [*self.in_blocks[1:], self.mid_block]:
+            stream, skip = block(stream)
+            skips.append(skip)
+        for block in self.out_blocks:
+            if self.scaling is None:
+                stream, _ = block(stream)
+                continue
+            i = len(skips)
+            stream, _ = block(stream, LongSkip(*skips.pop(), self.scaling, i))
+        return residual_norm(stream, self.norm)[0]
+
+    def _use_fused(self, h: Tensor) -> bool:
+        fused = self.config.fused
+        return h.device.type == "cuda" if fused is None else fused
 
     def _residual_dtype(self, h: Tensor) -> torch.dtype:
         # Only bf16 autocast may narrow the stream: fp16 would overflow in deep networks.

@@ -49,7 +49,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: None, *grads: Tensor | None) -> tuple[Any, ...]:
-        return None, *_sealed(ctx.name, grads, ctx.saved_tensors)
+        return None, *sealed(ctx.name, grads, ctx.saved_tensors)
 
 
 class _Sealed(torch.autograd.Function):
@@ -65,16 +65,29 @@ class _Sealed(torch.autograd.Function):
         raise refuse_second_derivative(ctx.name)
 
 
-def _sealed(name: str, grads: tuple[Tensor | None, ...], anchors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+def sealed(
+    name: str, grads: tuple[Tensor | None, ...], anchors: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
     """``grads`` as they are, or, under ``create_graph=True``, sealed against a second backward.
 
     ``anchors`` tie the seal to the graph, so that a second backward that asks for some inputs only passes through it.
     """
     present = [g for g in grads if g is not None]
-    if not torch.is_grad_enabled() or not present:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not present:
         return grads
-    out = iter(_Sealed.apply(name, len(present), *present, *(t for t in anchors if t.requires_grad)))
+    out = iter(_Sealed.apply(name, len(present), *present, *(t for t in anchors if t is not None and t.requires_grad)))
     return tuple(None if g is None else next(out) for g in grads)
+
+
+class _Opened:
+    """A context whose saved tensors were unpacked once: checkpointing allows no more."""
+
+    def __init__(self, ctx: Any):
+        self._ctx = ctx
+        self.saved_tensors = ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 def once_differentiable(name: str, *outputs: Tensor) -> tuple[Tensor, ...]:
@@ -121,9 +134,13 @@ def differentiable(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+            if not torch.is_grad_enabled():
+                return gradient(ctx, *grads)
+            opened = _Opened(ctx)
             with torch.no_grad():
-                out = gradient(ctx, *grads)
-            return _sealed(name, out, ctx.saved_tensors)
+                out = gradient(opened, *grads)
+            # A gradient that depends on nothing but the output's, as that of a linear op, is tied by the latter.
+            return sealed(name, out, (*opened.saved_tensors, *grads))
 
     Direct.__name__ = Direct.__qualname__ = f"{name}_direct"
 

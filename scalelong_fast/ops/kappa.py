@@ -22,7 +22,8 @@ def check_kappa(kappa: Kappa, *, batch: int, count: int, dtype: torch.dtype, dev
         UserError: anything else; a boolean or integer tensor too, which could have no gradient.
     """
     if not isinstance(kappa, Tensor):
-        if isinstance(kappa, bool) or not isinstance(kappa, (int, float)) or not math.isfinite(kappa):
+        # Not math.isfinite: torch.compile cannot look into it where the float is dynamic.
+        if isinstance(kappa, bool) or not isinstance(kappa, (int, float)) or not -math.inf < kappa < math.inf:
             raise invalid("kappa", kappa, "a finite number or a tensor")
         return
     check_tensor("kappa", kappa, device=device)

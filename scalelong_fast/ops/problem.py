@@ -56,14 +56,24 @@ def _cuda_arch(index: int) -> str:
 def architecture(device: torch.device) -> str:
     """The row of the plan table that serves ``device``."""
     if device.type != "cuda":
-        return device.type
-    return _device_arch(torch.cuda.current_device() if device.index is None else device.index)
+        return _device_arch(device.type, None)
+    return _device_arch("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 # The answer never changes, so a compiler need not look inside.
 @torch.compiler.assume_constant_result
-def _device_arch(index: int) -> str:
-    return _cuda_arch(index)
+def _device_arch(kind: str, index: int | None) -> str:
+    return _first_use(kind, index)
+
+
+@functools.cache
+def _first_use(kind: str, index: int | None) -> str:
+    # Tuned plans are read when a device is first used: importing reads no file and asks no device for its name.
+    from scalelong_fast.ops.tuned import load_tuned
+
+    arch = kind if index is None else _cuda_arch(index)
+    load_tuned(torch.device(kind) if index is None else torch.device(kind, index), arch)
+    return arch
 
 
 def triton_obstacle(problem: Problem) -> str | None:

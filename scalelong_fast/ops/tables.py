@@ -16,6 +16,8 @@ class Rule:
         dtypes: names like ``bfloat16``; empty: all.
         layouts: of :class:`Problem`; empty: all.
         rows, width, batch, hidden: (lowest, highest) value, both included; None: open. ``width`` is the widest feature.
+        widths: exactly the problem's; empty: all.
+        aligned: of :class:`Problem`; None: either.
         reason: why, for people; names the evidence.
     """
 
@@ -26,6 +28,8 @@ class Rule:
     width: tuple[int | None, int | None] = (None, None)
     batch: tuple[int | None, int | None] = (None, None)
     hidden: tuple[int | None, int | None] = (None, None)
+    widths: tuple[int, ...] = ()
+    aligned: bool | None = None
     reason: str = ""
 
     def fits(self, problem: Problem) -> bool:
@@ -37,6 +41,8 @@ class Rule:
             and in_range(max(problem.widths), self.width)
             and in_range(problem.batch, self.batch)
             and in_range(problem.hidden, self.hidden)
+            and (not self.widths or tuple(problem.widths) == self.widths)
+            and self.aligned in (None, problem.aligned)
         )
 
 

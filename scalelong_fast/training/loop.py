@@ -7,10 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 
 from scalelong_fast.data import ImageDataset, load_images
 from scalelong_fast.diffusion import create_schedule
@@ -27,10 +26,13 @@ from scalelong_fast.training.progress import TrainingProgress
 from scalelong_fast.training.run import RunFolder
 from scalelong_fast.training.step import BatchSource, TrainStep
 
+if TYPE_CHECKING:  # as in progress.py
+    from rich.console import Console
+
 #: Sections and fields that may not change when a run is resumed: they decide what is trained, and on what.
 _FIXED = ("model.", "data.", "diffusion.", "train.batch_size", "train.seed", "train.compat")
 #: … except for these, which change how it is computed, not what.
-_FREE = ("model.attention", "model.use_checkpoint", "data.path")
+_FREE = ("model.attention", "model.fused", "model.use_checkpoint", "data.path")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -91,7 +93,9 @@ class Trainer:
         console: where messages and progress go.
     """
 
-    def __init__(self, config: RunConfig, out: Path, name: str = "run", console: Console | None = None):
+    def __init__(self, config: RunConfig, out: Path, name: str = "run", console: "Console | None" = None):
+        from rich.console import Console
+
         self.config, self.name = config, name
         self.console = console or Console()
         self.folder = RunFolder(out)

@@ -1,10 +1,10 @@
 """What a person sees while a run goes on: a bar in a terminal, a line now and then elsewhere."""
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+if TYPE_CHECKING:  # imported where it is used: the step itself runs on machines without rich
+    from rich.console import Console
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -12,7 +12,9 @@ SECONDS_BETWEEN_LINES = 10.0
 class TrainingProgress:
     """Context manager that shows step, loss, images/s and time left."""
 
-    def __init__(self, console: Console, start: int, total: int):
+    def __init__(self, console: "Console", start: int, total: int):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         self.console, self.start, self.total = console, start, total
         self._last_line = time.monotonic()
         self._bar = Progress(
