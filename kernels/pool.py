@@ -15,7 +15,7 @@ from scalelong_fast.kernels.common import INTERPRET, config_for, on_device
 from scalelong_fast.kernels.configs import LaunchConfig
 
 #: Programs that fill a GPU; below that a sum is cut into parts. Few in the interpreter, so that tests see long loops.
-TARGET_PROGRAMS = 8 if INTERPRET.value else 1024
+TARGET_PROGRAMS = 4 if INTERPRET.value else 1024
 
 
 @triton.jit

@@ -244,13 +244,14 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _gradient(ctx: Any, grad: Tensor | None, grad_kappa: Tensor | None, *_: None) -> tuple:
-    x, weight = ctx.saved_tensors[0], ctx.saved_tensors[6]
+    saved = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
+    x, weight = saved[0], saved[6]
     if grad is None:
         grad = x.new_zeros(x.shape[0], x.shape[1], weight.shape[0])
     weight_grad = ctx.needs_input_grad[6]
     bias_dtype = ctx.bias_dtype if ctx.needs_input_grad[7] else None
     options = (bias_dtype, ctx.pooled_here, weight_grad, ctx.activation, ctx.plan)
-    *grads, bias, pooled = call(_backward, grad, grad_kappa, *ctx.saved_tensors, *options)
+    *grads, bias, pooled = call(_backward, grad, grad_kappa, *saved, *options)
     if not weight_grad:
         grads[6] = None
     return *grads, None if bias_dtype is None else bias, None if ctx.pooled_here else pooled, None, None

@@ -42,7 +42,8 @@ def scale_concat_linear(x: Tensor, skip: Tensor, kappa: Kappa, weight: Tensor, b
     plan = choose_plan("scale_concat_linear", problem)
     x, skip, weight = x.to(problem.dtype), skip.to(problem.dtype), weight.to(problem.dtype)
     if plan in FUSED_PLANS:
-        gate = expand_kappa(kappa, batch=skip.shape[0], count=skip.shape[1], device=skip.device)
+        plain = not isinstance(kappa, Tensor) and kappa == 1
+        gate = None if plain else expand_kappa(kappa, batch=skip.shape[0], count=skip.shape[1], device=skip.device)
         return _run(x, skip, gate, weight, bias, plan)
     with torch.autocast(x.device.type, enabled=False):
         return once_differentiable("scale_concat_linear", _COMPOSITES[plan](x, skip, kappa, weight, bias))[0]
@@ -213,7 +214,7 @@ def product_weight_grad(
     rows = grad.reshape(-1, d_out).t()
     out = torch.empty(d_out, d_x + d_s, dtype=grad.dtype, device=grad.device)
     torch.mm(rows, x.reshape(-1, d_x), out=out[:, :d_x])
-    torch.mm(rows, scaled_skip.view(-1, d_s), out=out[:, d_x:])
+    torch.mm(rows, scaled_skip.reshape(-1, d_s), out=out[:, d_x:])
     return out
 
 
@@ -223,13 +224,17 @@ def bias_grad(grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("scalelong_fast::scale_concat_linear", mutates_args=())
-def _forward(x: Tensor, skip: Tensor, kappa: Tensor, weight: Tensor, bias: Tensor | None, plan: str) -> Tensor:
-    """The product; κ is (B, L) with any strides."""
-    return product_forward(plan, x, skip, kappa, weight, bias)
+def _forward(x: Tensor, skip: Tensor, kappa: Tensor | None, weight: Tensor, bias: Tensor | None, plan: str) -> Tensor:
+    """The product; κ is (B, L) with any strides, None for a long skip that is not scaled."""
+    return product_forward(plan, x, skip, _or_one(kappa, skip), weight, bias)
+
+
+def _or_one(kappa: Tensor | None, skip: Tensor) -> Tensor:
+    return expand_kappa(1.0, batch=skip.shape[0], count=skip.shape[1], device=skip.device) if kappa is None else kappa
 
 
 @_forward.register_fake
-def _(x: Tensor, skip: Tensor, kappa: Tensor, weight: Tensor, bias: Tensor | None, plan: str):
+def _(x: Tensor, skip: Tensor, kappa: Tensor | None, weight: Tensor, bias: Tensor | None, plan: str):
     return torch.empty(x.shape[0], x.shape[1], weight.shape[0], dtype=x.dtype, device=x.device)
 
 
@@ -238,7 +243,7 @@ def _backward(
     grad: Tensor,
     x: Tensor,
     skip: Tensor,
-    kappa: Tensor,
+    kappa: Tensor | None,
     weight: Tensor,
     bias_dtype: torch.dtype | None,
     kappa_grad: bool,
@@ -246,9 +251,14 @@ def _backward(
     plan: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, skip, κ (B, L), weight and bias; the last three are empty where not wanted."""
+    scale = kappa is not None
+    kappa = _or_one(kappa, skip)
+    wants_scaled = weight_grad and scale
     grad_x, grad_skip, partial, scaled = product_input_grad(
-        plan, grad, skip, kappa, weight, scale=True, kappa_grad=kappa_grad, weight_grad=weight_grad
+        plan, grad, skip, kappa, weight, scale=scale, kappa_grad=kappa_grad, weight_grad=wants_scaled
     )
+    if plan.endswith("_cublas") and weight_grad and not scale:
+        scaled = skip  # κ ⊙ s is s itself: no pass over it
     return (
         grad_x,
         grad_skip,

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from scalelong_fast.errors import UserError
@@ -269,6 +270,24 @@ def test_compiles_as_one_graph(device, plan, pooled):
         eager = torch.autograd.grad(loss(*call.tensors), call.tensors)
     for got, expected in zip(actual, eager, strict=True):
         torch.testing.assert_close(got, expected, rtol=5e-3, atol=5e-3)
+
+
+@POOLED
+@pytest.mark.parametrize("plan", PLANS)
+def test_activations_may_be_checkpointed(device, plan, pooled):
+    call = Call((2, 9, 8, 16, 8), dtype=torch.float16, device=device, pooled=pooled, activation="elu")
+
+    def grads(function):
+        out, kappa = function(*call.tensors)
+        return torch.autograd.grad(out.float().sum() + kappa.sum(), call.tensors)
+
+    def function(*tensors):
+        return call.run(ls_skip_linear, tensors)
+
+    with force_plan(plan):
+        actual = grads(lambda *tensors: checkpoint(function, *tensors, use_reentrant=False))
+        for got, expected in zip(actual, grads(function), strict=True):
+            assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("plan", PLANS)

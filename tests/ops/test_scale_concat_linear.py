@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from scalelong_fast.errors import UserError
@@ -18,6 +19,7 @@ from scalelong_fast.ops.scale_concat_linear import (
     tma_obstacle,
     two_gemm,
 )
+from scalelong_fast.ops.tables import candidates
 
 PLANS = list_plans("scale_concat_linear")
 TRITON_PLANS = ("tma", "pointer", "tma_cublas", "pointer_cublas")
@@ -200,6 +202,20 @@ def test_compiles_as_one_graph(device, plan):
 
 
 @pytest.mark.parametrize("plan", PLANS)
+def test_activations_may_be_checkpointed(device, plan):
+    args = arguments(2, 9, 8, 16, 8, torch.float16, device=device)
+
+    def function(*a):
+        return scale_concat_linear(*a).float()
+
+    with force_plan(plan):
+        out = checkpoint(function, *args, use_reentrant=False)
+        actual = torch.autograd.grad(out.sum(), args)
+        for got, expected in zip(actual, torch.autograd.grad(function(*args).sum(), args), strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("plan", PLANS)
 def test_autocast_casts_the_features_and_the_weight(device, assert_as_accurate, plan):
     args = arguments(2, 9, 8, 16, 8, device=device)
     with force_plan(plan), torch.autocast(device, torch.bfloat16):
@@ -263,6 +279,15 @@ def test_obstacles_to_descriptors_are_named(change, message):
         assert pointer_obstacle(Problem("scale_concat_linear", **{**facts, **change})) is None
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_odd_widths_are_left_to_pytorch(arch):
+    """Rows that start anywhere are loaded element by element, which no table expects to win."""
+    facts = {"arch": arch, "dtype": torch.bfloat16, "rows": 32896, "widths": (509, 512, 512)}
+    proposed = [plan for plan, _ in candidates("scale_concat_linear", Problem("", aligned=False, **facts))]
+    assert proposed
+    assert not set(proposed) & set(TRITON_PLANS)
+
+
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
@@ -286,3 +311,25 @@ def test_wrong_arguments_are_named(position, value, message):
     args[position] = value
     with pytest.raises(UserError, match=message):
         scale_concat_linear(*args)
+
+
+@pytest.mark.parametrize("plan", ["tma", "pointer", "tma_cublas", "pointer_cublas"])
+def test_a_long_skip_that_is_not_scaled_takes_no_extra_pass(device, plan, monkeypatch):
+    from scalelong_fast.kernels import dgrad
+
+    passes = []
+    monkeypatch.setattr(
+        dgrad, "skip_rows_kernel", type("Spy", (), {"__getitem__": lambda _, grid: passes.append(grid)})()
+    )
+    generator = torch.Generator().manual_seed(0)
+    x, skip, weight = (
+        torch.randn(s, generator=generator).to(device, torch.float16).requires_grad_()
+        for s in ((2, 9, 32), (2, 9, 32), (32, 64))
+    )
+    with force_plan(plan):
+        actual = torch.autograd.grad(scale_concat_linear(x, skip, 1.0, weight).sum(), (x, skip, weight))
+    assert not passes
+    with force_plan("eager"):
+        expected = torch.autograd.grad(scale_concat_linear(x, skip, 1.0, weight).sum(), (x, skip, weight))
+    for got, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-3)
