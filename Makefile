@@ -7,7 +7,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# GPU machines are bare and offline: these targets run from the repository's root under PYTHON as it is.
+GPU_TESTS := tests/ops tests/kernels tests/models tests/scaling tests/diffusion tests/benchmarks/test_benchmarks_ops.py
+
 .PHONY: help install train test lint format bench clean
+.PHONY: gpu-test gpu-pytest gpu-sanitize gpu-bench gpu-bench-ops gpu-bench-uvit-s2 gpu-bench-uvit-m4 gpu-bench-uvit-l4 gpu-bench-step
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +21,9 @@ help:
 	@echo "make lint      check style"
 	@echo "make format    mend style"
 	@echo "make bench     time a training step against the authors' recipe"
+	@echo "make gpu-test  on a GPU machine, nothing installed: GPU tests, then compute-sanitizer"
+	@echo "make gpu-bench on a GPU machine, nothing installed: ops, U-ViT steps, recipe; parts of it, each under"
+	@echo "               ten minutes: gpu-bench-ops, gpu-bench-uvit-s2, -m4, -l4, gpu-bench-step"
 	@echo "make clean     remove .venv and caches; runs/ stays"
 
 install: $(STAMP)
@@ -43,6 +50,32 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks step $(ARGS)
+
+gpu-test: gpu-pytest gpu-sanitize
+
+gpu-pytest:
+	$(PYTHON) -m pytest -m gpu $(GPU_TESTS) $(ARGS)
+
+gpu-sanitize:
+	$(PYTHON) -m benchmarks sanitize
+
+gpu-bench: gpu-bench-ops gpu-bench-uvit-s2 gpu-bench-uvit-m4 gpu-bench-uvit-l4 gpu-bench-step
+
+# Called again, it measures what the first call had no time for.
+gpu-bench-ops:
+	$(PYTHON) -m benchmarks ops --device cuda --missing --seconds 480 $(ARGS)
+
+gpu-bench-uvit-s2:
+	$(PYTHON) -m benchmarks uvit --device cuda --model U-ViT-S/2 $(ARGS)
+
+gpu-bench-uvit-m4:
+	$(PYTHON) -m benchmarks uvit --device cuda --model U-ViT-M/4 $(ARGS)
+
+gpu-bench-uvit-l4:
+	$(PYTHON) -m benchmarks uvit --device cuda --model U-ViT-L/4 $(ARGS)
+
+gpu-bench-step:
+	$(PYTHON) -m benchmarks step --device cuda --rounds 8 --steps 20 $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info build dist

@@ -8,9 +8,13 @@ from scalelong_fast.errors import UserError, unknown_name
 
 #: Commands and what they do; each is a module of this package with a ``main(args) -> int``.
 COMMANDS = {
+    "ops": "time every op: PyTorch eager and compiled against each of our plans",
+    "uvit": "time training steps of the published U-ViTs: what LS costs, fused and unfused",
     "step": "time a whole training step against the authors' recipe",
     "stream": "compare a bf16 with an fp32 residual stream by the loss reached on digits",
     "digits": "judge the samples of a digits run: recognisable, and no copies",
+    "aot": "compile every kernel with no GPU, and look for spills and missing matrix instructions",
+    "sanitize": "look for bad memory accesses and races on a GPU",
     "report": "rewrite the tables of README.md from the result files",
 }
 

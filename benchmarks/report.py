@@ -4,11 +4,14 @@ import argparse
 import json
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS, ROOT, source_hash
+from benchmarks.report_aot import aot_table, read_targets
+from benchmarks.report_ops import draw_all, gpu_note, losses_table, ops_table
+from benchmarks.report_uvit import uvit_table
 from scalelong_fast.errors import UserError, unknown_name
 
 README = ROOT / "README.md"
@@ -31,13 +34,14 @@ def is_stale(record: dict[str, Any], root: Path = ROOT) -> bool:
     return source_hash(record["sources"], root) != record["source_sha256"]
 
 
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table whose first column is text and whose others are right-aligned."""
     rule = ["---"] + ["---:"] * (len(headings) - 1)
     return [f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows)]
 
 
-def _conditions(result: dict[str, Any]) -> str:
+def conditions(result: Mapping[str, Any]) -> str:
+    """Machine, versions, date and measured limits of a result."""
     where = result["environment"]
     device = where["cpu_model"] if where["device"] == "cpu" else where["device"]
     cuda = f", CUDA {where['cuda']}" if where["cuda"] else f", {where['threads']} threads on {where['cores']} cores"
@@ -95,7 +99,7 @@ def step_table(result: dict[str, Any], root: Path = ROOT) -> list[str]:
         notes.append(
             f"With LS our step is {abs(percent):.1f} % {'longer' if percent >= 0 else 'shorter'} than without."
         )
-    return [*_markdown(headings, rows), "", " ".join(notes), "", _conditions(result)]
+    return [*markdown(headings, rows), "", " ".join(notes), "", conditions(result)]
 
 
 def stream_summary(records: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -125,7 +129,7 @@ def residual_dtype_table(result: dict[str, Any], root: Path = ROOT) -> list[str]
         f"{settings['preset']}, {settings['steps']} steps under {settings['autocast']} autocast; loss of the averaged "
         f"weights over all images at {settings['evaluation_passes']} fixed times and noises each, in fp32."
     )
-    return [*_markdown(headings, rows), "", note, "", _conditions(result)]
+    return [*markdown(headings, rows), "", note, "", conditions(result)]
 
 
 def digits_table(result: dict[str, Any], root: Path = ROOT) -> list[str]:
@@ -147,7 +151,7 @@ def digits_table(result: dict[str, Any], root: Path = ROOT) -> list[str]:
         "support vector machine fitted on the real digits. Nearest real digit: median distance, in units of that "
         "between real digits; copies would have 0."
     )
-    return [*_markdown(headings, rows), "", note, "", _conditions(result)]
+    return [*markdown(headings, rows), "", note, "", conditions(result)]
 
 
 #: Tables by the name of their marker and result file; a new one is a function and a line here.
@@ -155,7 +159,17 @@ TABLES: dict[str, Callable[[dict[str, Any], Path], list[str]]] = {
     "step": step_table,
     "residual_dtype": residual_dtype_table,
     "digits": digits_table,
+    "ops": ops_table,
+    "where_we_lose": losses_table,
+    "uvit": uvit_table,
+    "aot": aot_table,
 }
+
+#: Result files of tables that are not named like theirs.
+FILES = {"where_we_lose": "ops"}
+
+#: What to say of all machines' results together, by table.
+NOTES: dict[str, Callable[[list[dict[str, Any]]], str | None]] = dict.fromkeys(("ops", "uvit"), gpu_note)
 
 
 def render(name: str, results: Path = RESULTS, root: Path = ROOT) -> str:
@@ -166,16 +180,19 @@ def render(name: str, results: Path = RESULTS, root: Path = ROOT) -> str:
     """
     if name not in TABLES:
         raise unknown_name("benchmark", name, TABLES)
-    parts = []
-    for path in sorted(results.glob(f"*/{name}.json")):
+    parts, found = [], []
+    # Compiled code belongs to no machine: one table of a folder of files.
+    for path in sorted(results.glob("aot" if name == "aot" else f"*/{FILES.get(name, name)}.json")):
         try:
-            parts.append("\n".join(TABLES[name](json.loads(path.read_text(encoding="utf-8")), root)))
+            found.append(read_targets(path) if path.is_dir() else json.loads(path.read_text(encoding="utf-8")))
+            parts.append("\n".join(TABLES[name](found[-1], root)))
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(
                 f"{path.parent.name}/{path.name}: not a result of this benchmark ({type(error).__name__}: {error}). "
                 "Measure it again, or delete it."
             ) from error
-    return "\n\n".join(parts) or NOT_MEASURED
+    note = NOTES[name](found) if parts and name in NOTES else None
+    return "\n\n".join([*parts, note] if note else parts) or NOT_MEASURED
 
 
 def updated(text: str, results: Path = RESULTS, root: Path = ROOT) -> str:
@@ -208,6 +225,10 @@ def main(args: Sequence[str], *, readme: Path = README, results: Path = RESULTS,
     options = parser.parse_args(args)
     old = readme.read_text(encoding="utf-8")
     new = updated(old, results, root)
+    if not options.check:
+        for line in draw_all(results, root):
+            print(line)
+        new = updated(old, results, root)  # with the pictures there are now
     if options.check:
         print("README.md is in sync." if new == old else "README.md is out of date: run python -m benchmarks report")
         return int(new != old)

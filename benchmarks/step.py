@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from benchmarks import environment
+from benchmarks.screen import Screen
 from benchmarks.timing import interleave, round_speed_up, speed_up, summarize, synchronize
 from benchmarks.variants import HASHES, MODEL, VARIANTS, Variant, Workbench
 from scalelong_fast.errors import check_range, unknown_name
@@ -57,7 +55,7 @@ def measure(
     model: UViTConfig = MODEL,
     batch_size: int = 32,
     names: Sequence[str] = tuple(VARIANTS),
-    console: Console | None = None,
+    screen: Screen | None = None,
 ) -> dict[str, Any]:
     """Time the variants interleaved.
 
@@ -68,7 +66,7 @@ def measure(
         model: the U-ViT; unconditional, scaling ``ls``.
         batch_size: images a step.
         names: of :data:`~benchmarks.variants.VARIANTS`.
-        console: where progress goes.
+        screen: where progress goes.
 
     Returns:
         Environment, ceilings and a record for each variant, JSON-ready. ``ratio_to_<reference>`` is the reference's
@@ -79,7 +77,7 @@ def measure(
         UserError: an unknown variant.
         LossMismatchError: a variant's loss differs from the authors'.
     """
-    console = console or Console()
+    screen = screen or Screen()
     for name in names:
         if name not in VARIANTS:
             raise unknown_name("variant", name, VARIANTS)
@@ -87,12 +85,11 @@ def measure(
     check_range("--steps", steps, low=1, integer=True)
     bench = Workbench(device, model, batch_size)
     for note in bench.execution().notes:
-        console.print(note)
+        screen.print(note)
     limits = environment.ceilings(device)
     variants: dict[str, Variant] = {}
     errors: dict[str, float] = {}
-    with _progress(console) as progress:
-        warming = progress.add_task("build, compile, warm up", total=len(names))
+    with screen.progress("build, compile, warm up", len(names)) as advance:
         for name in names:
             start = time.perf_counter()
             variant = VARIANTS[name](bench)
@@ -101,16 +98,16 @@ def measure(
                 variant.step()
             synchronize(device)
             variants[name] = variant
-            progress.advance(warming)
-            console.print(f"{name}: ready after {time.perf_counter() - start:.0f} s", highlight=False)
-        console.print(f"timing {rounds} rounds of {steps + 1} steps of each", highlight=False)
-        timing = progress.add_task("time", total=rounds * len(names))
+            advance()
+            screen.print(f"{name}: ready after {time.perf_counter() - start:.0f} s")
+    screen.print(f"timing {rounds} rounds of {steps + 1} steps of each")
+    with screen.progress("time", rounds * len(names)) as advance:
         times = interleave(
             {name: variant.step for name, variant in variants.items()},
             rounds=rounds,
             steps=steps,
             wait=lambda: synchronize(device),
-            tick=lambda name: progress.advance(timing),
+            tick=lambda name: advance(),
         )
     shape = [batch_size, model.in_chans, model.img_size, model.img_size]
     label = f"U-ViT/{model.patch_size}, D {model.embed_dim}, depth {model.depth}"
@@ -149,33 +146,29 @@ def _record(
     return record
 
 
-def _progress(console: Console) -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console, disable=not console.is_terminal)
-
-
-def show(result: dict[str, Any], console: Console) -> None:
+def show(result: dict[str, Any], screen: Screen) -> None:
     """Print a result as a table."""
     where = result["environment"]
     first = result["records"][0]
     title = (
         f"Training step, {first['model']}, batch {first['shape'][0]}, {where['machine']}, {where['threads']} threads"
     )
-    table = Table("variant", "dtype", title=title)
-    for heading in ("ms", "p20 … p80", "images/s", "× authors fp32", "× authors bf16", "loss error"):
-        table.add_column(heading, justify="right")
+    headings = ("variant", "dtype", "ms", "p20 … p80", "images/s", "× authors fp32", "× authors bf16", "loss error")
+    rows = []
     for record in result["records"]:
         ratios = [record[f"ratio_to_{name}"] for name in ("authors_fp32", "authors_bf16")]
-        table.add_row(
-            record["variant"],
-            record["dtype"],
-            f"{record['median_us'] / 1e3:.1f}",
-            f"{record['p20_us'] / 1e3:.1f} … {record['p80_us'] / 1e3:.1f}",
-            f"{record['images_per_second']:.1f}",
-            *("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-            f"{record['rel_error']:.1e}",
+        rows.append(
+            [
+                record["variant"],
+                record["dtype"],
+                f"{record['median_us'] / 1e3:.1f}",
+                f"{record['p20_us'] / 1e3:.1f} … {record['p80_us'] / 1e3:.1f}",
+                f"{record['images_per_second']:.1f}",
+                *("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+                f"{record['rel_error']:.1e}",
+            ]
         )
-    console.print(table)
+    screen.table(title, headings, rows, text_columns=2)
 
 
 def main(
@@ -196,7 +189,7 @@ def main(
     parser.add_argument("--device", default="auto", help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...")
     parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/<machine>/step.json)")
     options = parser.parse_args(args)
-    console = Console(width=None if Console().is_terminal else 120)
+    screen = Screen()
     device = resolve_execution(TrainConfig(device=options.device, compile="off")).device
     try:
         result = measure(
@@ -206,14 +199,14 @@ def main(
             model=model,
             batch_size=batch_size,
             names=names,
-            console=console,
+            screen=screen,
         )
     except LossMismatchError as error:
-        console.print(f"benchmarks: error: {error}", style="red", markup=False, soft_wrap=True)
+        screen.print(f"benchmarks: error: {error}", style="red")
         return 1
     path = options.out or environment.RESULTS / result["environment"]["machine"] / "step.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
-    show(result, console)
-    console.print(f"Written to {path}.", soft_wrap=True, markup=False, highlight=False)
+    show(result, screen)
+    screen.print(f"Written to {path}.")
     return 0

@@ -1,5 +1,6 @@
 """Interleaved timing: every variant is measured in every round, so that a drifting machine hits all alike."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,51 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """A function that makes a call and returns the seconds it took: by events on a GPU, else by the host's clock."""
+
+    def on_host(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def on_gpu(call: Callable[[], object]) -> float:
+        with torch.cuda.device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3
+
+    return on_gpu if device.type == "cuda" else on_host
+
+
+def rotate(
+    visits: Mapping[str, Callable[[], float]], *, rounds: int, tick: Callable[[str], None] = lambda name: None
+) -> dict[str, list[float]]:
+    """Make visits round-robin.
+
+    Each round begins with another variant, so that none always follows the same one after a round's end.
+
+    Args:
+        visits: by name; each returns the seconds of a call.
+        rounds: visits of each variant.
+        tick: told the name of the variant after each visit.
+
+    Returns:
+        What the visits returned, by name: one number for each round.
+    """
+    names = list(visits)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(rounds if names else 0):
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            times[name].append(visits[name]())
+            tick(name)
+    return times
+
+
 def interleave(
     variants: Mapping[str, Callable[[], object]],
     *,
@@ -51,8 +97,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Time callables round-robin.
 
-    A visit is one untimed call, since another variant has just emptied the caches, and then ``steps`` timed ones. Each
-    round begins with another variant, so that none always follows the same one after a round's end.
+    A visit is one untimed call, since another variant has just emptied the caches, and then ``steps`` timed ones.
 
     Args:
         variants: callables by name; each call is one step.
@@ -65,18 +110,14 @@ def interleave(
     Returns:
         Seconds per step by name: one number, a visit's mean, for each round.
     """
-    names = list(variants)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(rounds):
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
-            step = variants[name]
+
+    def visit(step: Callable[[], object]) -> float:
+        step()
+        wait()
+        start = clock()
+        for _ in range(steps):
             step()
-            wait()
-            start = clock()
-            for _ in range(steps):
-                step()
-            wait()
-            times[name].append((clock() - start) / steps)
-            tick(name)
-    return times
+        wait()
+        return (clock() - start) / steps
+
+    return rotate({name: functools.partial(visit, step) for name, step in variants.items()}, rounds=rounds, tick=tick)

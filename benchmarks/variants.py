@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.authors_recipe import AuthorsStep, AuthorsUViT
 from benchmarks.environment import source_hash
+from benchmarks.op_variants import op_files
 from scalelong_fast.data import ImageDataset, to_unit_range
 from scalelong_fast.diffusion import create_schedule
 from scalelong_fast.integrations import load_uvit_checkpoint
@@ -25,13 +26,17 @@ SEED = 0
 IMAGES = 2048
 
 _AUTHORS = ("benchmarks/authors_recipe.py", "benchmarks/variants.py")
-_OURS = (
-    "benchmarks/variants.py",
+#: Ops that a fused U-ViT calls.
+UVIT_OPS = ("add_layer_norm_gap", "layer_norm_gap", "ls_skip_linear", "scale_concat_linear", "se_gate")
+
+#: What every step of ours runs, the ops of its model apart.
+STEP_SOURCES = (
     "scalelong_fast/data/images.py",
     "scalelong_fast/data/order.py",
     "scalelong_fast/diffusion/loss.py",
     "scalelong_fast/diffusion/schedule.py",
     "scalelong_fast/models/attention.py",
+    "scalelong_fast/models/cpu_attention.py",
     "scalelong_fast/models/layers.py",
     "scalelong_fast/models/uvit.py",
     "scalelong_fast/scaling/base.py",
@@ -40,6 +45,7 @@ _OURS = (
     "scalelong_fast/training/optim.py",
     "scalelong_fast/training/step.py",
 )
+_OURS = ("benchmarks/variants.py", *STEP_SOURCES, *sorted({path for op in UVIT_OPS for path in op_files(op)}))
 _OURS_LS = (*_OURS, "scalelong_fast/scaling/gates.py", "scalelong_fast/scaling/learnable.py")
 _OURS_NONE = (*_OURS, "scalelong_fast/scaling/constant.py")
 

@@ -1,0 +1,191 @@
+"""What every op promises in every plan: CUDA graphs, no look at values, checkpointing, functorch, a light import."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from scalelong_fast import ops
+from scalelong_fast.errors import UserError
+from scalelong_fast.ops.examples import example_arguments, example_gradients
+from scalelong_fast.ops.plans import force_plan, list_plans
+
+SHAPES = {"se_gate": (4, 48)}
+EVERY = [
+    (op, plan)
+    for op in (
+        "se_gate",
+        "scale_concat",
+        "ls_scale_concat",
+        "scale_concat_linear",
+        "ls_skip_linear",
+        "layer_norm_gap",
+        "add_layer_norm_gap",
+    )
+    for plan in list_plans(op)
+]
+
+
+def example(op, plan, device, dtype=None, shape=None):
+    dtype = dtype or (torch.float16 if plan.startswith("tma") else torch.float32)
+    return example_arguments(op, shape or SHAPES.get(op, (2, 9, 32)), dtype, device)
+
+
+def skip_where_it_cannot_run(op, plan, example):
+    try:
+        with force_plan(plan):
+            ops.explain_plan(op, *example.args, **example.kwargs)
+    except NotImplementedError as obstacle:
+        pytest.skip(str(obstacle))
+
+
+def as_tuple(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def leaves(example):
+    return [a for a in (*example.args, *example.kwargs.values()) if isinstance(a, torch.Tensor) and a.requires_grad]
+
+
+def run(op, example):
+    """Outputs and gradients of one call."""
+    outputs = as_tuple(getattr(ops, op)(*example.args, **example.kwargs))
+    grads = torch.autograd.grad(outputs, leaves(example), example_gradients(outputs), allow_unused=True)
+    return [o.detach() for o in outputs], [g for g in grads if g is not None]
+
+
+@pytest.mark.parametrize(("op", "plan"), EVERY)
+def test_checkpointing_changes_nothing(device, op, plan):
+    case = example(op, plan, device)
+    skip_where_it_cannot_run(op, plan, case)
+    with force_plan(plan):
+        expected = run(op, case)
+        function = lambda *args: getattr(ops, op)(*args, **case.kwargs)  # noqa: E731
+        outputs = as_tuple(checkpoint(function, *case.args, use_reentrant=False))
+        grads = torch.autograd.grad(outputs, leaves(case), example_gradients(outputs), allow_unused=True)
+    actual = [o.detach() for o in outputs], [g for g in grads if g is not None]
+    for got, wanted in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize(("op", "plan"), EVERY)
+def test_under_vmap_it_is_right_or_refused(device, op, plan):
+    case = example(op, plan, device)
+    skip_where_it_cannot_run(op, plan, case)
+    args = [a.detach() if isinstance(a, torch.Tensor) else a for a in case.args]
+    batched = [torch.stack([args[0], args[0] * 2]), *args[1:]]
+    with force_plan(plan):
+        try:
+            outputs = torch.vmap(getattr(ops, op), in_dims=(0, *[None] * (len(args) - 1)))(*batched)
+        except (NotImplementedError, RuntimeError, UserError) as refusal:
+            assert str(refusal)
+            return
+        for index, factor in enumerate((1, 2)):
+            for got, wanted in zip(
+                as_tuple(outputs), as_tuple(getattr(ops, op)(args[0] * factor, *args[1:])), strict=True
+            ):
+                torch.testing.assert_close(got[index], wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("op", "plan"), EVERY)
+def test_without_gradients_nothing_is_recorded(device, op, plan):
+    case = example(op, plan, device)
+    skip_where_it_cannot_run(op, plan, case)
+    with force_plan(plan), torch.no_grad():
+        assert not any(o.requires_grad for o in as_tuple(getattr(ops, op)(*case.args, **case.kwargs)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+class TestOnAGPU:
+    @pytest.fixture(autouse=True)
+    def _device(self):
+        self.device = "cuda"
+
+    def case(self, op, plan, shape=None):
+        case = example(op, plan, self.device, torch.bfloat16, shape)
+        skip_where_it_cannot_run(op, plan, case)
+        return case
+
+    @pytest.mark.parametrize(("op", "plan"), EVERY)
+    def test_a_captured_graph_replays_on_new_values(self, op, plan):
+        case = self.case(op, plan)
+        with force_plan(plan):
+            side = torch.cuda.Stream()
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    run(op, case)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = run(op, case)
+            with torch.no_grad():
+                case.args[0].mul_(0.5)
+            graph.replay()
+            torch.cuda.synchronize()
+            expected = run(op, case)
+        for got, wanted in zip([*captured[0], *captured[1]], [*expected[0], *expected[1]], strict=True):
+            torch.testing.assert_close(got, wanted)
+
+    @pytest.mark.parametrize(("op", "plan"), EVERY)
+    def test_the_host_never_waits_for_a_value(self, op, plan):
+        case = self.case(op, plan)
+        with force_plan(plan):
+            run(op, case)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                run(op, case)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize(("op", "plan"), EVERY)
+    def test_it_repeats_bit_for_bit(self, op, plan):
+        case = self.case(op, plan, None if op == "se_gate" else (16, 257, 512))
+        with force_plan(plan):
+            first, second = run(op, case), run(op, case)
+        for got, wanted in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
+            assert torch.equal(got, wanted)
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    def test_indices_pass_two_to_the_31(self, layout):
+        # 2.2e9 elements in the output; the last sample lies beyond 2^31.
+        shape = (130, 64, 512, 512)
+        x = torch.randn(1, *shape[1:], device=self.device, dtype=torch.bfloat16).expand(shape)
+        x = x.contiguous(memory_format=layout)
+        with force_plan("triton"):
+            out = ops.scale_concat(x, x, 0.5)
+        assert torch.equal(out[-1, :64], x[-1])
+        assert torch.equal(out[-1, 64:], x[-1] * 0.5)
+
+    def test_the_fused_chain_allocates_nothing_but_its_results(self):
+        batch, tokens, width = 64, 257, 512
+        case = self.case("ls_skip_linear", "pointer_cublas", (batch, tokens, width))
+
+        def peak(plan):
+            with force_plan(plan):
+                run("ls_skip_linear", case)
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                run("ls_skip_linear", case)
+                return torch.cuda.max_memory_allocated() - before
+
+        concat = batch * tokens * 2 * width * 2
+        assert peak("pointer_cublas") <= peak("eager") - concat
+
+
+def test_importing_is_light():
+    code = (
+        "import sys, torch\n"
+        "torch.cuda.is_available = torch.cuda.current_device = None\n"
+        "import scalelong_fast, scalelong_fast.ops\n"
+        "print([m for m in ('triton', 'diffusers', 'matplotlib', 'rich', 'tyro') if m in sys.modules])\n"
+    )
+    # torch itself may import Triton; what counts is what comes on top.
+    bare = subprocess.run(
+        [sys.executable, "-c", "import sys, torch; print('triton' in sys.modules)"], capture_output=True, text=True
+    ).stdout.strip()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    expected = "['triton']" if bare == "True" else "[]"
+    assert done.stdout.strip() == expected
