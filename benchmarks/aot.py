@@ -134,7 +134,13 @@ def main(args: Sequence[str]) -> int:
         "instructions or the 16-byte accesses that it must have, or does not compile.",
     )
     parser.add_argument("--target", action="append", help=f"{', '.join(TARGETS)}; may be repeated (default: all)")
-    parser.add_argument("--only", metavar="PATTERN", help="kernels or cases whose name has this in it; writes no file")
+    parser.add_argument(
+        "--only",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="kernels or cases with this in their names; may be repeated; no file is written then",
+    )
     parser.add_argument("--jobs", type=int, default=_cores(), help="compile so many at once (default: all cores)")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: benchmarks/results/aot)")
     parser.add_argument("--list", action="store_true", help="print what would be compiled as JSON, and stop")
@@ -147,7 +153,9 @@ def main(args: Sequence[str]) -> int:
     _check_environment()
     units, lines = plan(targets, options.only)
     if not units:
-        raise UserError(f"--only: got {options.only!r}, which no kernel or case of these targets has in its name.")
+        raise UserError(
+            f"--only: got {', '.join(options.only)}, which no kernel or case of these targets has in its name."
+        )
     if options.list:
         launches = [
             {"target": unit.call.target, "kernel": unit.launch.kernel, "launch": unit.launch.key} for unit in units

@@ -97,12 +97,12 @@ def _calls(targets: Sequence[str]) -> Iterator[Call]:
                         yield Call(target, c, s, d)
 
 
-def plan(targets: Sequence[str], pattern: str | None = None) -> tuple[list[Unit], set[tuple[str, str, int]]]:
+def plan(targets: Sequence[str], patterns: Sequence[str] = ()) -> tuple[list[Unit], set[tuple[str, str, int]]]:
     """What is to be compiled, equal code once, and the lines of the tables that lead to it.
 
     Args:
         targets: of :data:`~benchmarks.gpu_code.TARGETS`.
-        pattern: part of a case's or kernel's name; ``*`` and ``?`` are wild.
+        patterns: parts of the names of the wanted cases or kernels, ``*`` and ``?`` are wild; none: all.
 
     Returns:
         The units and the lines as (architecture, kernel's name in the table, index).
@@ -113,7 +113,7 @@ def plan(targets: Sequence[str], pattern: str | None = None) -> tuple[list[Unit]
 
     def wanted(call: Call, kernel: str) -> bool:
         names = (call.case.name, kernel)
-        return pattern is None or any(fnmatch.fnmatch(name, f"*{pattern}*") for name in names)
+        return not patterns or any(fnmatch.fnmatch(name, f"*{part}*") for name in names for part in patterns)
 
     units: dict[tuple[str, str], Unit] = {}
     lines: set[tuple[str, str, int]] = set()

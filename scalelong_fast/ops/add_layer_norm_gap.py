@@ -17,7 +17,7 @@ from scalelong_fast.ops.layer_norm_gap import (
     norm_problem,
 )
 from scalelong_fast.ops.native_layer_norm import native_backward, native_forward, native_obstacle
-from scalelong_fast.ops.plans import Plan, choose_plan, register_plans
+from scalelong_fast.ops.plans import Plan, register_plans, resolve
 from scalelong_fast.ops.problem import Problem
 
 
@@ -55,8 +55,7 @@ def add_layer_norm_gap(
         UserError: wrong shapes, dtypes, devices or eps.
         NotImplementedError: a forced plan that cannot serve the call; a double backward.
     """
-    problem = _problem(x, branch, weight, bias, eps, out_dtype=out_dtype, skip_dtype=skip_dtype)
-    plan = choose_plan("add_layer_norm_gap", problem)
+    _, plan = resolve("add_layer_norm_gap", x, branch, weight, bias, eps, out_dtype=out_dtype, skip_dtype=skip_dtype)
     out_dtype, skip_dtype = out_dtype or x.dtype, skip_dtype or x.dtype
     if plan == "eager":
         out = add_layer_norm_gap_reference(x, branch, weight, bias, eps, out_dtype=out_dtype, skip_dtype=skip_dtype)

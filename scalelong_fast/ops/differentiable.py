@@ -45,7 +45,7 @@ class _OnceDifferentiable(torch.autograd.Function):
         # An output of no elements: all that the seal needs of the graph, without keeping a feature alive.
         anchor = tensors[0].new_empty(0)
         ctx.save_for_backward(anchor)
-        return anchor, *(t.view_as(t) for t in tensors)
+        return anchor, *tensors
 
     @staticmethod
     def backward(ctx: Any, _: None, *grads: Tensor | None) -> tuple[Any, ...]:

@@ -9,10 +9,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from scalelong_fast.errors import invalid
+from scalelong_fast.ops.autocast import no_autocast
 from scalelong_fast.ops.checks import FLOATING, check_parameter_dtype, check_tensor, name_of, shape_of
 from scalelong_fast.ops.differentiable import call, differentiable, once_differentiable, sealed
 from scalelong_fast.ops.native_layer_norm import native_backward, native_forward, native_obstacle
-from scalelong_fast.ops.plans import Plan, choose_plan, register_plans
+from scalelong_fast.ops.plans import Plan, register_plans, resolve
 from scalelong_fast.ops.problem import Problem, architecture, triton_obstacle
 
 #: Longest row that a program of the Triton kernel holds.
@@ -42,7 +43,7 @@ def layer_norm_gap(
         UserError: wrong shapes, dtypes, devices or eps.
         NotImplementedError: a forced plan that cannot serve the call; a double backward.
     """
-    plan = choose_plan("layer_norm_gap", _problem(x, weight, bias, eps, out_dtype=out_dtype))
+    _, plan = resolve("layer_norm_gap", x, weight, bias, eps, out_dtype=out_dtype)
     out_dtype = out_dtype or x.dtype
     if plan == "eager":
         out = layer_norm_gap_reference(x, weight, bias, eps, out_dtype=out_dtype)
@@ -57,7 +58,7 @@ def layer_norm_gap_reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition of :func:`layer_norm_gap` in PyTorch; arguments as there, unchecked."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         value = x.to(wide)
         out = F.layer_norm(value, (x.shape[-1],), weight.to(wide), bias.to(wide), eps)
         return out.to(out_dtype or x.dtype), value.mean(-1)

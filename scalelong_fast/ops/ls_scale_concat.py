@@ -10,7 +10,7 @@ from scalelong_fast.errors import invalid
 from scalelong_fast.kernels.layouts import concat_dim, concat_shape, empty_in
 from scalelong_fast.ops.checks import check_activation, check_gate, check_parameter_dtype, check_tensor, shape_of
 from scalelong_fast.ops.differentiable import call, differentiable, once_differentiable
-from scalelong_fast.ops.plans import Plan, choose_plan, register_plans
+from scalelong_fast.ops.plans import Plan, register_plans, resolve
 from scalelong_fast.ops.problem import Problem
 from scalelong_fast.ops.scale_concat import feature_problem, parts, scale_concat_reference, scale_into_buffer
 from scalelong_fast.ops.se_gate import gate_flops, gate_obstacle, se_gate_reference
@@ -50,8 +50,7 @@ def ls_scale_concat(
     """
     gate = (w_down, b_down, w_up, b_up)
     kwargs = {"pooled": pooled, "activation": activation, "dim": dim, "skip_first": skip_first}
-    problem = _problem(x, skip, *gate, **kwargs)
-    plan = choose_plan("ls_scale_concat", problem)
+    problem, plan = resolve("ls_scale_concat", x, skip, *gate, **kwargs)
     x, skip = x.to(problem.dtype), skip.to(problem.dtype)
     if plan == "eager":
         return once_differentiable("ls_scale_concat", *ls_scale_concat_reference(x, skip, *gate, **kwargs))

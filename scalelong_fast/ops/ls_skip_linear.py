@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from scalelong_fast.ops.autocast import no_autocast
 from scalelong_fast.ops.checks import check_activation, check_gate, check_parameter_dtype, check_tensor
 from scalelong_fast.ops.differentiable import call, differentiable, once_differentiable
-from scalelong_fast.ops.plans import Plan, choose_plan, register_plans
+from scalelong_fast.ops.plans import Plan, register_plans, resolve
 from scalelong_fast.ops.problem import Problem
 from scalelong_fast.ops.scale_concat_linear import (
     FUSED_PLANS,
@@ -60,12 +61,11 @@ def ls_skip_linear(
         NotImplementedError: a forced plan that cannot serve the call; a double backward.
     """
     gate = (w_down, b_down, w_up, b_up)
-    problem = _problem(x, skip, *gate, weight, bias, pooled=pooled, activation=activation)
-    plan = choose_plan("ls_skip_linear", problem)
+    problem, plan = resolve("ls_skip_linear", x, skip, *gate, weight, bias, pooled=pooled, activation=activation)
     x, skip, weight = x.to(problem.dtype), skip.to(problem.dtype), weight.to(problem.dtype)
     if plan in FUSED_PLANS:
         return _run(x, skip, *gate, weight, bias, pooled, activation, plan)[:2]
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         out = _COMPOSITES[plan](x, skip, *gate, weight, bias, pooled=pooled, activation=activation)
         return once_differentiable("ls_skip_linear", *out)
 

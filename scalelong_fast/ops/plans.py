@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from scalelong_fast.errors import unknown_name
 from scalelong_fast.ops import tables
 from scalelong_fast.ops.problem import Problem
@@ -164,9 +167,58 @@ def _choose(op: str, problem: Problem) -> tuple[str, str]:
 
 
 def choose_plan(op: str, problem: Problem) -> str:
-    """Name of the plan for a call; for the ops themselves.
+    """Name of the plan for a call.
 
     Raises:
         NotImplementedError: a demanded plan that cannot serve the call.
     """
     return _choose(op, problem)[0]
+
+
+# Checking arguments and choosing a plan takes longer on the host than a small PyTorch call. Both depend on what
+# _signature gathers and on the rules alone, so calls that look alike are checked once.
+_MEMO: dict[tuple, tuple[Problem, str, tuple[tables.Rule, ...] | None]] = {}
+_MEMO_LIMIT = 4096
+
+
+def _signature(op: str, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """All that the checks and the choice look at, hashable; fails for tensors of unusual kinds."""
+    signature: list[Any] = [op, _forced, os.environ.get("SCALELONG_PLAN"), os.environ.get("TRITON_INTERPRET")]
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            if type(value) not in (Tensor, torch.nn.Parameter) or value.layout is not torch.strided:
+                raise TypeError("a tensor of an unusual kind")
+            signature += (value.shape, value.stride(), value.dtype, value.device)
+        else:
+            signature += (type(value), value)
+    signature += kwargs
+    kind = args[0].device.type
+    if torch.is_autocast_enabled(kind):
+        signature.append(torch.get_autocast_dtype(kind))
+    return tuple(signature)
+
+
+def resolve(op: str, *args: Any, **kwargs: Any) -> tuple[Problem, str]:
+    """Check a call's arguments and choose its plan; for the ops themselves.
+
+    Raises:
+        UserError: wrong arguments.
+        NotImplementedError: a demanded plan that cannot serve the call.
+    """
+    if torch.compiler.is_compiling():
+        problem = _OWNERS[op].problem(*args, **kwargs)
+        return problem, choose_plan(op, problem)
+    try:
+        signature = _signature(op, args, kwargs)
+        known = _MEMO.get(signature)
+    except (AttributeError, TypeError, RuntimeError):  # not even tensors: the checks find the words
+        signature, known = None, None
+    if known is not None and tables.RULES.get((op, known[0].arch)) is known[2]:
+        return known[0], known[1]
+    problem = _OWNERS[op].problem(*args, **kwargs)
+    plan = choose_plan(op, problem)
+    if signature is not None:
+        if len(_MEMO) >= _MEMO_LIMIT:
+            _MEMO.clear()
+        _MEMO[signature] = problem, plan, tables.RULES.get((op, problem.arch))
+    return problem, plan

@@ -13,7 +13,7 @@ from scalelong_fast.ops.autocast import autocast_dtype
 from scalelong_fast.ops.checks import check_same_dtype, check_tensor, shape_of
 from scalelong_fast.ops.differentiable import call, differentiable, once_differentiable
 from scalelong_fast.ops.kappa import Kappa, check_kappa, expand_kappa
-from scalelong_fast.ops.plans import Plan, choose_plan, register_plans
+from scalelong_fast.ops.plans import Plan, register_plans, resolve
 from scalelong_fast.ops.problem import Problem, architecture, triton_obstacle
 
 
@@ -38,8 +38,7 @@ def scale_concat(x: Tensor, skip: Tensor, kappa: Kappa = 1.0, *, dim: int = 1, s
         UserError: wrong shapes, dtypes, devices or κ.
         NotImplementedError: a forced plan that cannot serve the call; a double backward.
     """
-    problem = _problem(x, skip, kappa, dim=dim, skip_first=skip_first)
-    plan = choose_plan("scale_concat", problem)
+    problem, plan = resolve("scale_concat", x, skip, kappa, dim=dim, skip_first=skip_first)
     x, skip = x.to(problem.dtype), skip.to(problem.dtype)
     if plan == "triton":
         gate = expand_kappa(kappa, batch=skip.shape[0], count=skip.shape[1], device=skip.device)

@@ -8,11 +8,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from scalelong_fast.errors import invalid
-from scalelong_fast.ops.autocast import autocast_dtype
+from scalelong_fast.ops.autocast import autocast_dtype, no_autocast
 from scalelong_fast.ops.checks import check_parameter_dtype, check_same_dtype, check_tensor, name_of, shape_of
 from scalelong_fast.ops.differentiable import call, differentiable, once_differentiable
 from scalelong_fast.ops.kappa import Kappa, check_kappa, expand_kappa
-from scalelong_fast.ops.plans import Plan, choose_plan, register_plans
+from scalelong_fast.ops.plans import Plan, register_plans, resolve
 from scalelong_fast.ops.problem import Problem, architecture, triton_obstacle
 from scalelong_fast.ops.scale_concat import scale_concat, scale_concat_reference
 
@@ -38,14 +38,13 @@ def scale_concat_linear(x: Tensor, skip: Tensor, kappa: Kappa, weight: Tensor, b
         UserError: wrong shapes, dtypes, devices or κ.
         NotImplementedError: a forced plan that cannot serve the call; a double backward.
     """
-    problem = _problem(x, skip, kappa, weight, bias)
-    plan = choose_plan("scale_concat_linear", problem)
+    problem, plan = resolve("scale_concat_linear", x, skip, kappa, weight, bias)
     x, skip, weight = x.to(problem.dtype), skip.to(problem.dtype), weight.to(problem.dtype)
     if plan in FUSED_PLANS:
         plain = not isinstance(kappa, Tensor) and kappa == 1
         gate = None if plain else expand_kappa(kappa, batch=skip.shape[0], count=skip.shape[1], device=skip.device)
         return _run(x, skip, gate, weight, bias, plan)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         return once_differentiable("scale_concat_linear", _COMPOSITES[plan](x, skip, kappa, weight, bias))[0]
 
 

@@ -8,9 +8,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from scalelong_fast.errors import invalid
+from scalelong_fast.ops.autocast import no_autocast
 from scalelong_fast.ops.checks import check_activation, check_gate, check_tensor, shape_of
 from scalelong_fast.ops.differentiable import call, differentiable, once_differentiable
-from scalelong_fast.ops.plans import Plan, choose_plan, register_plans
+from scalelong_fast.ops.plans import Plan, register_plans, resolve
 from scalelong_fast.ops.problem import Problem, architecture, triton_obstacle
 
 _ACTIVATIONS = {"relu": F.relu, "elu": F.elu, "mish": F.mish}
@@ -36,7 +37,7 @@ def se_gate(
         NotImplementedError: a forced plan that cannot serve the call; a double backward.
     """
     args = (pooled, w_down, b_down, w_up, b_up, activation)
-    plan = choose_plan("se_gate", _problem(*args))
+    _, plan = resolve("se_gate", *args)
     if plan == "eager":
         return once_differentiable("se_gate", se_gate_reference(*args))[0]
     return _run(*args, plan)[0]
@@ -47,7 +48,7 @@ def se_gate_reference(
 ) -> Tensor:
     """The definition of :func:`se_gate` in PyTorch; arguments as there, unchecked."""
     dtype = torch.promote_types(pooled.dtype, torch.float32)
-    with torch.autocast(pooled.device.type, enabled=False):
+    with no_autocast(pooled.device.type):
         hidden = F.linear(pooled.to(dtype), w_down.to(dtype), b_down.to(dtype))
         return torch.sigmoid(F.linear(_ACTIVATIONS[activation](hidden), w_up.to(dtype), b_up.to(dtype)))
 

@@ -112,7 +112,7 @@ def faults_of(name, shape, **line):
     aot_cases.CASES[index] = dataclasses.replace(case, shapes=(shape,), dtypes=(torch.bfloat16,))
     if line:
         configs.table("sm_90")["configs"][name] = [line]
-    units, _ = aot_units.plan(["sm_90"], name)
+    units, _ = aot_units.plan(["sm_90"], [name])
     units = [unit for unit in units if unit.call.case.name == name]
     return [aot_units.record_of(unit, aot_units.compile_unit(unit))["faults"] for unit in units]
 
