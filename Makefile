@@ -38,7 +38,7 @@ train: $(STAMP)
 	$(BIN)/scalelong-fast train $(PRESET) --out runs/$(PRESET) $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

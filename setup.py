@@ -49,6 +49,7 @@ setup(
             "pytest>=8.0",
             "pytest-benchmark>=4.0",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.5",
             "ruff>=0.6",
         ],
     },
