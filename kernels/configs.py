@@ -57,7 +57,8 @@ def find_line(kernel: str, arch: str, dtype: str, width: int) -> tuple[str, int]
 
     An architecture without a table reads sm_80's, whose configurations need least.
     """
-    for name in (arch, "sm_80"):
+    fallback = "gfx942" if arch.startswith("gfx") else "sm_80"
+    for name in (arch, fallback):
         for index, line in enumerate(table(name)["configs"].get(kernel, [])):
             if line.get("dtypes") and dtype not in line["dtypes"]:
                 continue

@@ -232,7 +232,7 @@ def se_weight_grad(
     batch, width = pooled.shape
     h = hidden.shape[1]
     shapes = ((h, width), (h,), (width, h), (width,))
-    if batch == 0:
+    if batch == 0 or width == 0:
         return tuple(torch.zeros(s, dtype=t, device=pooled.device) for s, t in zip(shapes, dtypes, strict=True))
     grads = tuple(torch.empty(s, dtype=t, device=pooled.device) for s, t in zip(shapes, dtypes, strict=True))
     block_h, _ = se_blocks(h)

@@ -2,7 +2,8 @@
 
 The sum runs over the rows, which are many where the weight is small: several programs share a tile of dW, each over a
 range of rows, and their partial sums are added at the end, in a fixed order. κ scales the tile of dyᵀ: operand A may
-come from registers, whereas a scaled operand B would go back to shared memory first.
+come from registers, whereas a scaled operand B would go back to shared memory first. In fp16 κ · dy must stay below
+65504, which a κ of at most 1 guarantees.
 """
 
 import torch

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from scalelong_fast.models.attention import Attention
 from scalelong_fast.models.long_skip import LongSkip, Stream, is_plain, merge_long_skip
 from scalelong_fast.ops import add_layer_norm_gap, layer_norm_gap
+from scalelong_fast.ops.autocast import autocast_dtype
+from scalelong_fast.scaling.gates import global_average_pool
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -79,18 +81,16 @@ def residual_norm(stream: Stream, norm: nn.LayerNorm, skip: bool = False) -> tup
         LayerNorm(s) ``(B, L, D)`` in autocast's dtype where that is on, the GAP of s ``(B, L)`` float32, the new stream
         s, and s once more as the long skip, in the dtype a Linear will read it in.
     """
-    device = stream.x.device.type
-    narrow = None
-    # The meta device knows no autocast.
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        narrow = torch.get_autocast_dtype(device)
-    if not is_plain(norm, nn.LayerNorm):
+    if not is_plain(norm, nn.LayerNorm) or norm.bias is None:
         x = stream.sum()
-        return norm(x), x.mean(-1, dtype=torch.promote_types(x.dtype, torch.float32)), x, x
+        return norm(x), global_average_pool(x), x, x
+    narrow = autocast_dtype(stream.x)
     if stream.branch is None:
         y, pooled = layer_norm_gap(stream.x, norm.weight, norm.bias, norm.eps, out_dtype=narrow)
         return y, pooled, stream.x, stream.x
-    skip_dtype = narrow if skip and narrow is not None and narrow != stream.x.dtype else None
+    # A copy for the skip only where it is narrower than the stream: then it is what the Linear will read.
+    narrower = narrow != stream.x.dtype and torch.promote_types(narrow, stream.x.dtype) == stream.x.dtype
+    skip_dtype = narrow if skip and narrower else None
     return add_layer_norm_gap(
         stream.x, stream.branch, norm.weight, norm.bias, norm.eps, out_dtype=narrow, skip_dtype=skip_dtype
     )

@@ -5,10 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scalelong_fast.ops import ls_skip_linear, scale_concat_linear
 from scalelong_fast.scaling import LongSkipScaling
 from scalelong_fast.scaling.gates import SEGate
+from scalelong_fast.scaling.learnable import LearnableScaling
 
 
 class LongSkip(NamedTuple):
@@ -57,15 +59,32 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    # Weight normalisation of the old kind keeps the class and takes the parameter away.
-    return not any(hooks) and module._parameters.get("weight") is not None and "forward" not in module.__dict__
+    if any(hooks) or "forward" in module.__dict__:
+        return False
+    # Weight normalisation of the old kind keeps the class and takes the parameter away; quantisation may keep the
+    # class and wrap the parameter.
+    weight = module._parameters.get("weight")
+    return weight is not None and not is_traceable_wrapper_subclass(weight)
+
+
+def is_plain_scaling(scaling: LongSkipScaling) -> bool:
+    """Whether calling ``scaling`` is the same as multiplying by its κ_i: no hooks, no forward of its own."""
+    hooked = scaling._forward_hooks or scaling._forward_pre_hooks or scaling._backward_hooks
+    own_forward = type(scaling).forward is not LongSkipScaling.forward or "forward" in scaling.__dict__
+    return not hooked and not scaling._backward_pre_hooks and not own_forward
 
 
 def plain_gate(scaling: LongSkipScaling, i: int) -> SEGate | None:
     """The SE gate of long skip i where its weights may be read directly, else None."""
-    gate_of = getattr(scaling, "gate_of", None)
-    gate = None if gate_of is None else gate_of(i)
+    kind = type(scaling)
+    if not isinstance(scaling, LearnableScaling) or kind.coefficient is not LearnableScaling.coefficient:
+        return None
+    if kind.kappa is not LongSkipScaling.kappa:
+        return None
+    gate = scaling.gate_of(i)
     if type(gate) is not SEGate or gate._forward_hooks or gate._forward_pre_hooks or gate._backward_hooks:
+        return None
+    if gate._backward_pre_hooks or "forward" in gate.__dict__:
         return None
     return gate if is_plain(gate.down, nn.Linear) and is_plain(gate.up, nn.Linear) else None
 
@@ -81,8 +100,8 @@ def merge_long_skip(x: Tensor, skip: LongSkip, linear: nn.Linear) -> Tensor:
     Returns:
         ``(B, L, D)`` in the dtype of the product, as Linear gives it.
     """
-    if not is_plain(linear, nn.Linear):
-        # Somebody added to the layer: it sees the tensor it would have seen.
+    if not is_plain(linear, nn.Linear) or not is_plain_scaling(skip.scaling):
+        # Somebody added to the layer or the scaling: they see the tensors they would have seen.
         return linear(torch.cat([x, skip.scaling(skip.features, skip.i, skip.pooled).to(x.dtype)], dim=-1))
     gate = plain_gate(skip.scaling, skip.i)
     if gate is not None:

@@ -8,6 +8,7 @@ from scalelong_fast.models.config import UViTConfig
 from scalelong_fast.models.hub import HubMixin
 from scalelong_fast.models.layers import Block, PatchEmbed, residual_norm, timestep_embedding, unpatchify
 from scalelong_fast.models.long_skip import LongSkip, Stream
+from scalelong_fast.ops.differentiable import under_functorch
 from scalelong_fast.scaling import LongSkipScaling, create_scaling
 
 
@@ -148,8 +149,10 @@ class UViT(
         return residual_norm(stream, self.norm)[0]
 
     def _use_fused(self, h: Tensor) -> bool:
-        fused = self.config.fused
-        return h.device.type == "cuda" if fused is None else fused
+        if self.config.fused is None:
+            # functorch transforms take plain PyTorch only.
+            return h.device.type == "cuda" and not under_functorch()
+        return self.config.fused
 
     def _residual_dtype(self, h: Tensor) -> torch.dtype:
         # Only bf16 autocast may narrow the stream: fp16 would overflow in deep networks.

@@ -59,7 +59,7 @@ def add_layer_norm_gap(
     out_dtype, skip_dtype = out_dtype or x.dtype, skip_dtype or x.dtype
     if plan == "eager":
         out = add_layer_norm_gap_reference(x, branch, weight, bias, eps, out_dtype=out_dtype, skip_dtype=skip_dtype)
-        return once_differentiable("add_layer_norm_gap", *out)
+        return once_differentiable("add_layer_norm_gap", (x, branch, weight, bias), out)
     if plan == "triton" and skip_dtype != x.dtype:
         out, mean, _, total, skip = _run(x, branch, weight, bias, float(eps), out_dtype, skip_dtype, plan)
         return out, mean, total, skip
@@ -80,7 +80,9 @@ def add_layer_norm_gap_reference(
     """The definition of :func:`add_layer_norm_gap` in PyTorch; arguments as there, unchecked."""
     total = x + branch
     out, mean = layer_norm_gap_reference(total, weight, bias, eps, out_dtype=out_dtype)
-    return out, mean, total, total.to(skip_dtype or x.dtype)
+    # A view, never the same object: whoever changes one handle in place must not find the other one replaced.
+    skip = total.view_as(total) if skip_dtype in (None, x.dtype) else total.to(skip_dtype)
+    return out, mean, total, skip
 
 
 def _problem(

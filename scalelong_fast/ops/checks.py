@@ -66,7 +66,9 @@ def check_same_dtype(argument: str, value: Tensor, reference: str, dtype: torch.
 def check_parameter_dtype(argument: str, value: Tensor, dtype: torch.dtype) -> None:
     """κ, SE and norm parameters are float32 or have the dtype of the feature."""
     if value.dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
-        raise invalid(argument, name_of(value.dtype), f"float32 or {name_of(dtype)}, the dtype of the feature")
+        wide = name_of(torch.promote_types(dtype, torch.float32))
+        expected = wide if wide == name_of(dtype) else f"{wide} or {name_of(dtype)}"
+        raise invalid(argument, name_of(value.dtype), f"{expected}; the feature is {name_of(dtype)}")
 
 
 def check_activation(activation: str) -> None:

@@ -4,11 +4,16 @@ A registered op costs 12 to 18 µs of host time a call, which small inputs feel;
 8 µs. Both run the same functions: :func:`differentiable` builds the pair and picks per call.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def under_functorch() -> bool:
+    """Whether a functorch transform (vmap, grad, ...) is at work."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -17,12 +22,13 @@ def plain(*tensors: Tensor | None) -> bool:
         return False
     if torch._C._is_torch_function_mode_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    # The dispatcher also makes a pending negation real.
+    return all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg()) for t in tensors)
 
 
 def call(op: Any, *args: Any) -> Any:
-    """Call a custom op, directly where nothing watches the dispatcher."""
-    if plain(*(a for a in args if isinstance(a, Tensor))):
+    """Call a custom op, directly where nothing watches the dispatcher and nothing is to be recorded."""
+    if not torch.is_grad_enabled() and plain(*(a for a in args if isinstance(a, Tensor))):
         return op._init_fn(*args)
     return op(*args)
 
@@ -35,21 +41,17 @@ def refuse_second_derivative(name: str) -> NotImplementedError:
     )
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """Identity whose gradient cannot be differentiated."""
+class _Anchor(torch.autograd.Function):
+    """A tensor of no elements, tied to the graph of ``tensors`` without keeping any of them alive."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.name = name
-        ctx.set_materialize_grads(False)
-        # An output of no elements: all that the seal needs of the graph, without keeping a feature alive.
-        anchor = tensors[0].new_empty(0)
-        ctx.save_for_backward(anchor)
-        return anchor, *tensors
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.count = len(tensors)
+        return tensors[0].new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, _: None, *grads: Tensor | None) -> tuple[Any, ...]:
-        return None, *sealed(ctx.name, grads, ctx.saved_tensors)
+    def backward(ctx: Any, _: Tensor) -> tuple[None, ...]:
+        return (None,) * ctx.count
 
 
 class _Sealed(torch.autograd.Function):
@@ -90,11 +92,27 @@ class _Opened:
         return getattr(self._ctx, name)
 
 
-def once_differentiable(name: str, *outputs: Tensor) -> tuple[Tensor, ...]:
-    """Outputs of a plan made of PyTorch calls, with the double backward refused as in the fused plans."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(t.requires_grad for t in outputs):
+def once_differentiable(name: str, inputs: Iterable[Any], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """``outputs`` of a plan made of PyTorch calls, with the double backward refused as in the fused plans.
+
+    A hook seals the gradient that comes in; what PyTorch makes of it is then tied to ``inputs`` through the seal. The
+    outputs stay ordinary tensors, which may be changed in place.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or under_functorch():
         return outputs
-    return _OnceDifferentiable.apply(name, *outputs)[1:]
+    tensors = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+    if not tensors:
+        return outputs
+    # Tied to the inputs, not to the outputs: those would own the hook that owns the anchor, and never be freed.
+    anchor = _Anchor.apply(*tensors)
+
+    def seal(grad: Tensor) -> Tensor | None:
+        return _Sealed.apply(name, 1, grad, anchor)[0] if torch.is_grad_enabled() else None
+
+    for output in outputs:
+        if output.requires_grad:
+            output.register_hook(seal)
+    return outputs
 
 
 def differentiable(
@@ -145,6 +163,11 @@ def differentiable(
     Direct.__name__ = Direct.__qualname__ = f"{name}_direct"
 
     def run(*args: Any) -> Any:
+        if under_functorch():
+            raise NotImplementedError(
+                f"{name}: the demanded plan does not support functorch transforms (torch.func, vmap). Drop the demand: "
+                "the op then takes its eager plan there, which does."
+            )
         if not plain(*(a for a in args if isinstance(a, Tensor))):
             return forward(*args)
         return Direct.apply(*args)

@@ -24,7 +24,7 @@ def check_kappa(kappa: Kappa, *, batch: int, count: int, dtype: torch.dtype, dev
     if not isinstance(kappa, Tensor):
         # Not math.isfinite: torch.compile cannot look into it where the float is dynamic.
         if isinstance(kappa, bool) or not isinstance(kappa, (int, float)) or not -math.inf < kappa < math.inf:
-            raise invalid("kappa", kappa, "a finite number or a tensor")
+            raise invalid("kappa", kappa, "a finite number or a tensor", "Turn a NumPy scalar into one: float(kappa).")
         return
     check_tensor("kappa", kappa, device=device)
     check_parameter_dtype("kappa", kappa, dtype)

@@ -18,6 +18,8 @@ from scalelong_fast.ops.problem import Problem, architecture, triton_obstacle
 
 #: Longest row that a program of the Triton kernel holds.
 MAX_WIDTH = 8192
+#: Most rows, which are counted in 32 bits: 2^31 less the largest tile.
+MAX_ROWS = 2**31 - 1024
 
 
 def layer_norm_gap(
@@ -47,7 +49,7 @@ def layer_norm_gap(
     out_dtype = out_dtype or x.dtype
     if plan == "eager":
         out = layer_norm_gap_reference(x, weight, bias, eps, out_dtype=out_dtype)
-        return once_differentiable("layer_norm_gap", *out)
+        return once_differentiable("layer_norm_gap", (x, weight, bias), out)
     if plan == "native":
         return _Native.apply(x, weight, bias, float(eps), out_dtype)
     return _run(x, weight, bias, float(eps), out_dtype, plan)[:2]
@@ -100,6 +102,8 @@ def norm_obstacle(problem: Problem) -> str | None:
     """Why the Triton kernel cannot serve a problem, or None."""
     if problem.widths[0] > MAX_WIDTH:
         return f"a row of {int(problem.widths[0])} elements does not fit a program's registers ({MAX_WIDTH} at most)"
+    if problem.rows > MAX_ROWS:
+        return f"{problem.rows} rows ({MAX_ROWS} at most)"
     return triton_obstacle(problem)
 
 

@@ -53,11 +53,12 @@ def ls_scale_concat(
     problem, plan = resolve("ls_scale_concat", x, skip, *gate, **kwargs)
     x, skip = x.to(problem.dtype), skip.to(problem.dtype)
     if plan == "eager":
-        return once_differentiable("ls_scale_concat", *ls_scale_concat_reference(x, skip, *gate, **kwargs))
+        out = ls_scale_concat_reference(x, skip, *gate, **kwargs)
+        return once_differentiable("ls_scale_concat", (x, skip, *gate, pooled), out)
     if plan == "cat_buffer":
         kappa = _gate(skip, *gate, pooled, activation)
         out = scale_into_buffer(x, skip, kappa, dim=dim, skip_first=skip_first)
-        return once_differentiable("ls_scale_concat", out, kappa)
+        return once_differentiable("ls_scale_concat", (x, skip, *gate, pooled), (out, kappa))
     return _run(x, skip, *gate, pooled, activation, problem.layout, skip_first, plan)[:2]
 
 

@@ -67,7 +67,7 @@ def ls_skip_linear(
         return _run(x, skip, *gate, weight, bias, pooled, activation, plan)[:2]
     with no_autocast(x.device.type):
         out = _COMPOSITES[plan](x, skip, *gate, weight, bias, pooled=pooled, activation=activation)
-        return once_differentiable("ls_skip_linear", *out)
+    return once_differentiable("ls_skip_linear", (x, skip, *gate, weight, bias, pooled), out)
 
 
 def ls_skip_linear_reference(
@@ -198,25 +198,27 @@ def _backward(
     from scalelong_fast.kernels.dgrad import skip_rows
     from scalelong_fast.kernels.se import se_backward, se_weight_grad
 
-    # The skip's gradient is complete only once the GAP's is known, which needs dκ of all tokens: where the GAP was made
-    # here, the skip's half stays unscaled, and the pass that adds the GAP's gradient scales it as well.
-    grad_x, grad_skip, partial, scaled = product_input_grad(
-        plan, grad, skip, kappa, weight, scale=not pooled_here, kappa_grad=True, weight_grad=weight_grad
-    )
-    if grad_kappa is not None:
-        partial[0] += grad_kappa
-    logit, z, grad_pooled = se_backward(partial, kappa, hidden, w_down, w_up, activation)
-    if pooled_here:
-        skip_rows(grad_skip, skip, kappa, grad_gap=grad_pooled, grad_skip=True)
-    dtypes = (w_down.dtype, b_down.dtype, w_up.dtype, b_up.dtype)
-    return (
-        grad_x,
-        grad_skip,
-        *se_weight_grad(pooled, hidden, logit, z, activation, dtypes),
-        product_weight_grad(plan, grad, x, skip, kappa, scaled) if weight_grad else grad.new_empty(0),
-        grad.new_empty(0) if bias_dtype is None else bias_grad(grad, bias_dtype),
-        grad.new_empty(0) if pooled_here else grad_pooled.to(pooled.dtype),
-    )
+    # A backward may run under autocast, which would change the dtypes of the products in it.
+    with no_autocast(grad.device.type):
+        # The skip's gradient is complete only once the GAP's is known, which needs dκ of all tokens: where the GAP was
+        # made here, the skip's half stays unscaled, and the pass that adds the GAP's gradient scales it as well.
+        grad_x, grad_skip, partial, scaled = product_input_grad(
+            plan, grad, skip, kappa, weight, scale=not pooled_here, kappa_grad=True, weight_grad=weight_grad
+        )
+        if grad_kappa is not None:
+            partial[0] += grad_kappa
+        logit, z, grad_pooled = se_backward(partial, kappa, hidden, w_down, w_up, activation)
+        if pooled_here:
+            skip_rows(grad_skip, skip, kappa, grad_gap=grad_pooled, grad_skip=True)
+        dtypes = (w_down.dtype, b_down.dtype, w_up.dtype, b_up.dtype)
+        return (
+            grad_x,
+            grad_skip,
+            *se_weight_grad(pooled, hidden, logit, z, activation, dtypes),
+            product_weight_grad(plan, grad, x, skip, kappa, scaled) if weight_grad else grad.new_empty(0),
+            grad.new_empty(0) if bias_dtype is None else bias_grad(grad, bias_dtype),
+            grad.new_empty(0) if pooled_here else grad_pooled.to(pooled.dtype),
+        )
 
 
 @_backward.register_fake

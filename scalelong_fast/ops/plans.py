@@ -17,6 +17,7 @@ from torch import Tensor
 
 from scalelong_fast.errors import unknown_name
 from scalelong_fast.ops import tables
+from scalelong_fast.ops.differentiable import under_functorch
 from scalelong_fast.ops.problem import Problem
 
 
@@ -113,7 +114,8 @@ def force_plan(name: str) -> Iterator[None]:
 
     Blocks may be nested, e.g. one plan for the norms and one for the products; for an op that owns both the inner one
     holds. The force holds for the whole process, all threads included. A backward follows the plan of its forward,
-    whether or not it runs inside the block.
+    whether or not it runs inside the block; but activation checkpointing runs the forward once more in the backward,
+    and that choice is made then: keep the backward inside the block too.
 
     Raises:
         UserError: a name that no op owns.
@@ -149,12 +151,15 @@ def _demanded(owner: _Owner) -> tuple[str, str] | None:
 
 def _choose(op: str, problem: Problem) -> tuple[str, str]:
     owner = _OWNERS[op]
+    functorch = under_functorch()
     demanded = _demanded(owner)
     if demanded is not None:
         obstacle = owner.plans[demanded[0]].obstacle(problem)
         if obstacle is not None:
             raise NotImplementedError(f"plan {demanded[0]!r} of {op} not supported: {obstacle}")
         return demanded
+    if functorch:
+        return "eager", "a functorch transform is at work, which kernels cannot see through"
     passed_over = ""
     for name, reason in tables.candidates(op, problem):
         if name not in owner.plans:
@@ -205,7 +210,7 @@ def resolve(op: str, *args: Any, **kwargs: Any) -> tuple[Problem, str]:
         UserError: wrong arguments.
         NotImplementedError: a demanded plan that cannot serve the call.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or under_functorch():
         problem = _OWNERS[op].problem(*args, **kwargs)
         return problem, choose_plan(op, problem)
     try:

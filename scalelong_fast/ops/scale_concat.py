@@ -44,7 +44,8 @@ def scale_concat(x: Tensor, skip: Tensor, kappa: Kappa = 1.0, *, dim: int = 1, s
         gate = expand_kappa(kappa, batch=skip.shape[0], count=skip.shape[1], device=skip.device)
         return _run(x, skip, gate, problem.layout, skip_first, plan)
     make = scale_concat_reference if plan == "eager" else scale_into_buffer
-    return once_differentiable("scale_concat", make(x, skip, kappa, dim=dim, skip_first=skip_first))[0]
+    out = make(x, skip, kappa, dim=dim, skip_first=skip_first)
+    return once_differentiable("scale_concat", (x, skip, kappa), (out,))[0]
 
 
 def scale_concat_reference(

@@ -45,7 +45,8 @@ def scale_concat_linear(x: Tensor, skip: Tensor, kappa: Kappa, weight: Tensor, b
         gate = None if plain else expand_kappa(kappa, batch=skip.shape[0], count=skip.shape[1], device=skip.device)
         return _run(x, skip, gate, weight, bias, plan)
     with no_autocast(x.device.type):
-        return once_differentiable("scale_concat_linear", _COMPOSITES[plan](x, skip, kappa, weight, bias))[0]
+        out = _COMPOSITES[plan](x, skip, kappa, weight, bias)
+    return once_differentiable("scale_concat_linear", (x, skip, kappa, weight, bias), (out,))[0]
 
 
 def scale_concat_linear_reference(
@@ -103,7 +104,7 @@ def product_problem(
             "weight",
             shape_of(weight),
             f"shape (D_out, {int(d_x)} + {int(d_s)}): the features of x and of skip",
-            "A weight made for cat[skip, x] needs its halves exchanged." if weight.dim() == 2 else "",
+            "A weight made for cat[skip, x] fits by its shape, but needs its halves exchanged." if d_x != d_s else "",
         )
     d_out = weight.shape[0]
     dtype = autocast_dtype(x)
@@ -132,10 +133,19 @@ def _problem(x: Tensor, skip: Tensor, kappa: Kappa, weight: Tensor, bias: Tensor
     return problem
 
 
+#: Most rows of a product: 2^31 less the largest tile.
+MAX_ROWS = 2**31 - 1024
+
+
 def pointer_obstacle(problem: Problem) -> str | None:
     """Why the kernels that load by pointers cannot serve a problem, or None."""
-    if problem.rows >= 2**31:
-        return f"{problem.rows} rows (2147483647 at most)"
+    # Rows and weights are counted in 32 bits, the rows of the last tile included.
+    if problem.rows > MAX_ROWS:
+        return f"{problem.rows} rows ({MAX_ROWS} at most)"
+    if problem.widths[2] * (problem.widths[0] + problem.widths[1]) >= 2**31:
+        return (
+            f"a weight of {problem.widths[2]} x ({problem.widths[0]} + {problem.widths[1]}) numbers (2^31 - 1 at most)"
+        )
     return triton_obstacle(problem)
 
 
@@ -253,18 +263,20 @@ def _backward(
     scale = kappa is not None
     kappa = _or_one(kappa, skip)
     wants_scaled = weight_grad and scale
-    grad_x, grad_skip, partial, scaled = product_input_grad(
-        plan, grad, skip, kappa, weight, scale=scale, kappa_grad=kappa_grad, weight_grad=wants_scaled
-    )
-    if plan.endswith("_cublas") and weight_grad and not scale:
-        scaled = skip  # κ ⊙ s is s itself: no pass over it
-    return (
-        grad_x,
-        grad_skip,
-        grad.new_empty(0) if partial is None else partial.sum(0).to(kappa.dtype),
-        product_weight_grad(plan, grad, x, skip, kappa, scaled) if weight_grad else grad.new_empty(0),
-        grad.new_empty(0) if bias_dtype is None else bias_grad(grad, bias_dtype),
-    )
+    # A backward may run under autocast, which would change the dtypes of the products in it.
+    with no_autocast(grad.device.type):
+        grad_x, grad_skip, partial, scaled = product_input_grad(
+            plan, grad, skip, kappa, weight, scale=scale, kappa_grad=kappa_grad, weight_grad=wants_scaled
+        )
+        if plan.endswith("_cublas") and weight_grad and not scale:
+            scaled = skip  # κ ⊙ s is s itself: no pass over it
+        return (
+            grad_x,
+            grad_skip,
+            grad.new_empty(0) if partial is None else partial.sum(0).to(kappa.dtype),
+            product_weight_grad(plan, grad, x, skip, kappa, scaled) if weight_grad else grad.new_empty(0),
+            grad.new_empty(0) if bias_dtype is None else bias_grad(grad, bias_dtype),
+        )
 
 
 @_backward.register_fake

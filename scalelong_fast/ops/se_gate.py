@@ -39,7 +39,7 @@ def se_gate(
     args = (pooled, w_down, b_down, w_up, b_up, activation)
     _, plan = resolve("se_gate", *args)
     if plan == "eager":
-        return once_differentiable("se_gate", se_gate_reference(*args))[0]
+        return once_differentiable("se_gate", args, (se_gate_reference(*args),))[0]
     return _run(*args, plan)[0]
 
 
@@ -125,9 +125,10 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.activation, _ = inputs
     ctx.save_for_backward(*output, *tensors)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+def _gradient(ctx: Any, grad: Tensor, _: None) -> tuple:
     return *call(_backward, grad, *ctx.saved_tensors, ctx.activation), None, None
 
 

@@ -19,6 +19,7 @@ import torch
 
 from scalelong_fast.ops.problem import Problem
 from scalelong_fast.ops.tables import RULES, Rule
+from scalelong_fast.version import __version__
 
 #: What a file keeps of a rule: the exact class of calls that was timed, and the winner.
 KEPT = ("plan", "dtypes", "layouts", "rows", "batch", "hidden", "widths", "aligned")
@@ -45,11 +46,11 @@ def _triton_version() -> str:
 
 
 def cache_file(device: torch.device) -> Path:
-    """Where the tuned plans of a device are kept, with the versions of PyTorch and Triton that are installed."""
+    """Where the tuned plans of a device are kept, by the versions of this library, PyTorch and Triton."""
     folder = os.environ.get("SCALELONG_CACHE")
     root = Path(folder) if folder else Path.home() / ".cache" / "scalelong_fast"
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return root / "plans" / f"{name}-torch{torch.__version__}-triton{_triton_version()}.json"
+    return root / "plans" / f"{name}-{__version__}-torch{torch.__version__}-triton{_triton_version()}.json"
 
 
 def exact_rule(plan: str, problem: Problem, reason: str) -> Rule:

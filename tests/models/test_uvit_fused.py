@@ -104,6 +104,21 @@ def test_a_network_without_long_skips_can_be_fused(tiny, batch_for):
     torch.testing.assert_close(fused(*batch), plain(*batch))
 
 
+def test_float64_is_left_alone_by_autocast(tiny, batch_for):
+    plain, fused = (model.double() for model in both(tiny))
+    x, timesteps, _ = batch_for(plain.config)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fused(x.double(), timesteps), plain(x.double(), timesteps))
+
+
+def test_functorch_takes_the_plain_path(tiny, batch_for):
+    model = UViT(tiny())
+    x, timesteps, _ = batch_for(model.config)
+    grad = torch.func.grad(lambda x: model(x, timesteps).square().sum())(x)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(grad, torch.autograd.grad(model(leaf, timesteps).square().sum(), leaf)[0])
+
+
 def test_kappas_are_recorded_alike(tiny, batch_for):
     plain, fused = both(tiny)
     batch = batch_for(plain.config)
@@ -180,6 +195,23 @@ class TestModulesThatWereTouched:
 
         for model in models:
             model.out_blocks[0].skip_linear = LoRA(model.out_blocks[0].skip_linear)
+        self.check(models, batch_for(models[0].config))
+
+    def test_a_hook_on_the_scaling_runs(self, models, batch_for):
+        for model in models:
+            model.scaling.register_forward_hook(lambda module, args, out: 2 * out)
+        self.check(models, batch_for(models[0].config))
+
+    def test_an_overridden_coefficient_is_used(self, models, batch_for):
+        for model in models:
+            kind = type(model.scaling)
+            half = {"coefficient": lambda self, *args, kind=kind: kind.coefficient(self, *args) / 2}
+            model.scaling.__class__ = type("Halved", (kind,), half)
+        self.check(models, batch_for(models[0].config))
+
+    def test_a_norm_without_bias_is_used(self, models, batch_for):
+        for model in models:
+            model.mid_block.norm1.bias = None
         self.check(models, batch_for(models[0].config))
 
     def test_only_untouched_modules_are_plain(self, models):

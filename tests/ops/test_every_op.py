@@ -96,6 +96,66 @@ def test_without_gradients_nothing_is_recorded(device, op, plan):
         assert not any(o.requires_grad for o in as_tuple(getattr(ops, op)(*case.args, **case.kwargs)))
 
 
+@pytest.mark.parametrize(("op", "plan"), EVERY)
+def test_outputs_may_be_changed_in_place(device, op, plan):
+    case = example(op, plan, device)
+    skip_where_it_cannot_run(op, plan, case)
+    with force_plan(plan):
+        as_tuple(getattr(ops, op)(*case.args, **case.kwargs))[0].mul_(2)
+
+
+@pytest.mark.parametrize(("op", "plan"), EVERY)
+def test_a_backward_under_autocast_has_the_dtypes_of_its_inputs(device, op, plan):
+    case = example(op, plan, device)
+    skip_where_it_cannot_run(op, plan, case)
+    with force_plan(plan):
+        _, expected = run(op, case)
+        outputs = as_tuple(getattr(ops, op)(*case.args, **case.kwargs))
+        with torch.autocast(device, torch.bfloat16):
+            grads = torch.autograd.grad(outputs, leaves(case), example_gradients(outputs), allow_unused=True)
+    grads = [g for g in grads if g is not None]
+    assert [g.dtype for g in grads] == [g.dtype for g in expected]
+    if plan not in ("eager", "two_gemm", "concat_gemm", "cat_buffer"):  # PyTorch's own backward does follow autocast
+        for got, wanted in zip(grads, expected, strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(("op", "plan"), EVERY)
+def test_a_second_derivative_is_refused_after_a_forward_under_a_mode(device, op, plan):
+    case = example(op, plan, device)
+    skip_where_it_cannot_run(op, plan, case)
+    with force_plan(plan):
+        with torch.device(device):  # a mode: the forward goes by the dispatcher
+            outputs = as_tuple(getattr(ops, op)(*case.args, **case.kwargs))
+        total = sum((o.float() * g.float()).sum() for o, g in zip(outputs, example_gradients(outputs), strict=True))
+        wanted = leaves(case)
+        first = torch.autograd.grad(total, wanted, create_graph=True, allow_unused=True)
+        square = sum(g.float().square().sum() for g in first if g is not None)
+        with pytest.raises(NotImplementedError, match="second derivative"):
+            torch.autograd.grad(square, wanted, allow_unused=True)
+
+
+def test_torch_func_grad_goes_through_the_eager_plan():
+    case = example("ls_skip_linear", "eager", "cpu")
+    args = [a.detach() if isinstance(a, torch.Tensor) else a for a in case.args]
+
+    def loss(x):
+        return ops.ls_skip_linear(x, *args[1:])[0].square().sum()
+
+    x = args[0].clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(args[0]), torch.autograd.grad(loss(x), x)[0])
+    with force_plan("pointer"), pytest.raises(NotImplementedError, match="functorch"):
+        torch.func.grad(loss)(args[0])
+
+
+@pytest.mark.parametrize(("op", "plan"), [("scale_concat", "triton"), ("scale_concat", "eager")])
+def test_a_pending_negation_is_made_real(device, op, plan):
+    x = torch.ones(2, 5, 8, device=device)
+    with force_plan(plan):
+        out = ops.scale_concat(torch._neg_view(x), torch._neg_view(x), 0.5, dim=-1)
+    assert torch.equal(out, torch.cat([-x, -0.5 * x], -1))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 class TestOnAGPU:
