@@ -20,6 +20,8 @@ from scalelong_fast.training.metrics import read_metrics
 
 SOURCES = (
     "scalelong_fast/diffusion/solvers.py",
+    "scalelong_fast/models/cpu_attention.py",
+    "scalelong_fast/models/cpu_linear.py",
     "scalelong_fast/models/uvit.py",
     "scalelong_fast/scaling/learnable.py",
     "scalelong_fast/training/presets.py",

@@ -38,6 +38,8 @@ SOURCES = (
     "scalelong_fast/diffusion/loss.py",
     "scalelong_fast/diffusion/schedule.py",
     "scalelong_fast/models/attention.py",
+    "scalelong_fast/models/cpu_attention.py",
+    "scalelong_fast/models/cpu_linear.py",
     "scalelong_fast/models/layers.py",
     "scalelong_fast/models/uvit.py",
     "scalelong_fast/scaling/base.py",

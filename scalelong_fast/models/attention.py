@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from scalelong_fast.errors import UserError, invalid
 from scalelong_fast.models.cpu_attention import cpu_attention
+from scalelong_fast.models.cpu_linear import project
 
 
 def require_backend(name: str) -> None:
@@ -57,17 +58,17 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend among the tokens ``x`` ``(B, L, D)``; the result has the same shape."""
         batch, length, dim = x.shape
-        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
+        qkv = project(self.qkv, x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
         if self.backend == "xformers":
-            return self.proj(self._xformers(qkv).reshape(batch, length, dim))
+            return project(self.proj, self._xformers(qkv).reshape(batch, length, dim))
         if self.backend == "sdpa" and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
-            return self.proj(cpu_attention(qkv, self.scale))
+            return project(self.proj, cpu_attention(qkv, self.scale))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, L, D/H) each
         if self.backend == "sdpa":
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         else:
             out = _math(q, k, v, self.scale)
-        return self.proj(out.transpose(1, 2).reshape(batch, length, dim))
+        return project(self.proj, out.transpose(1, 2).reshape(batch, length, dim))
 
     def _xformers(self, qkv: Tensor) -> Tensor:
         from xformers.ops import memory_efficient_attention

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from scalelong_fast.models.attention import Attention
+from scalelong_fast.models.cpu_linear import project
 from scalelong_fast.models.long_skip import LongSkip, Stream, is_plain, merge_long_skip
 from scalelong_fast.ops import add_layer_norm_gap, layer_norm_gap
 from scalelong_fast.ops.autocast import autocast_dtype
@@ -66,7 +67,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return project(self.fc2, F.gelu(project(self.fc1, x)))
 
 
 def residual_norm(stream: Stream, norm: nn.LayerNorm, skip: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -148,7 +149,7 @@ class Block(nn.Module):
 
     def _forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
         if self.skip_linear is not None:
-            x = self.skip_linear(torch.cat([x, skip], dim=-1)).to(x.dtype)
+            x = project(self.skip_linear, torch.cat([x, skip], dim=-1)).to(x.dtype)
         x = x + self.attn(self.norm1(x)).to(x.dtype)
         return x + self.mlp(self.norm2(x)).to(x.dtype)
 
