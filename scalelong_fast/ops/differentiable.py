@@ -4,6 +4,7 @@ A registered op costs 12 to 18 µs of host time a call, which small inputs feel;
 8 µs. Both run the same functions: :func:`differentiable` builds the pair and picks per call.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -95,23 +96,25 @@ class _Opened:
 def once_differentiable(name: str, inputs: Iterable[Any], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """``outputs`` of a plan made of PyTorch calls, with the double backward refused as in the fused plans.
 
-    A hook seals the gradient that comes in; what PyTorch makes of it is then tied to ``inputs`` through the seal. The
-    outputs stay ordinary tensors, which may be changed in place.
+    A hook seals the gradient that comes in, if it is to be differentiated; what PyTorch makes of it is then tied to
+    ``inputs`` through the seal. The outputs stay ordinary tensors, which may be changed in place.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or under_functorch():
         return outputs
-    tensors = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
-    if not tensors:
-        return outputs
-    # Tied to the inputs, not to the outputs: those would own the hook that owns the anchor, and never be freed.
-    anchor = _Anchor.apply(*tensors)
+    # Weakly: the hook must not keep a feature alive. One that is gone can only be asked for through what it was made
+    # from, and there PyTorch's own second derivative, which is right, is what comes out.
+    references = [weakref.ref(t) for t in inputs if isinstance(t, Tensor) and t.requires_grad]
 
     def seal(grad: Tensor) -> Tensor | None:
-        return _Sealed.apply(name, 1, grad, anchor)[0] if torch.is_grad_enabled() else None
+        if not torch.is_grad_enabled():
+            return None
+        alive = [t for reference in references if (t := reference()) is not None]
+        return _Sealed.apply(name, 1, grad, _Anchor.apply(*alive))[0] if alive else None
 
-    for output in outputs:
-        if output.requires_grad:
-            output.register_hook(seal)
+    if references:
+        for output in outputs:
+            if output.requires_grad:
+                output.register_hook(seal)
     return outputs
 
 

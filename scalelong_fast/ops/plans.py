@@ -188,7 +188,7 @@ _MEMO_LIMIT = 4096
 
 def _signature(op: str, args: tuple, kwargs: dict[str, Any]) -> tuple:
     """All that the checks and the choice look at, hashable; fails for tensors of unusual kinds."""
-    signature: list[Any] = [op, _forced, os.environ.get("SCALELONG_PLAN"), os.environ.get("TRITON_INTERPRET")]
+    signature: list[Any] = [op, _forced, os.environ.get("SCALELONG_PLAN")]
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             if type(value) not in (Tensor, torch.nn.Parameter) or value.layout is not torch.strided:
