@@ -11,7 +11,8 @@ STAMP := $(VENV)/.installed
 GPU_TESTS := tests/ops tests/kernels tests/models tests/scaling tests/diffusion tests/benchmarks/test_benchmarks_ops.py
 
 .PHONY: help install train test lint format bench clean
-.PHONY: gpu-test gpu-pytest gpu-sanitize gpu-bench gpu-bench-ops gpu-bench-uvit-s2 gpu-bench-uvit-m4 gpu-bench-uvit-l4 gpu-bench-step
+.PHONY: gpu-test gpu-pytest gpu-sanitize gpu-bench gpu-bench-ops gpu-bench-unet-ops gpu-bench-uvit-s2 gpu-bench-uvit-m4 gpu-bench-uvit-l4
+.PHONY: gpu-bench-unet gpu-bench-unet-cifar10 gpu-bench-step
 .DEFAULT_GOAL := help
 
 help:
@@ -22,8 +23,9 @@ help:
 	@echo "make format    mend style"
 	@echo "make bench     time a training step against the authors' recipe"
 	@echo "make gpu-test  on a GPU machine, nothing installed: GPU tests, then compute-sanitizer"
-	@echo "make gpu-bench on a GPU machine, nothing installed: ops, U-ViT steps, recipe; parts of it, each under"
-	@echo "               ten minutes: gpu-bench-ops, gpu-bench-uvit-s2, -m4, -l4, gpu-bench-step"
+	@echo "make gpu-bench on a GPU machine, nothing installed: ops, U-ViT and UNet steps, recipe; parts of it, each"
+	@echo "               under ten minutes: gpu-bench-ops, gpu-bench-unet-ops, gpu-bench-uvit-s2, -m4, -l4,"
+	@echo "               gpu-bench-unet, gpu-bench-unet-cifar10, gpu-bench-step"
 	@echo "make clean     remove .venv and caches; runs/ stays"
 
 install: $(STAMP)
@@ -59,11 +61,16 @@ gpu-pytest:
 gpu-sanitize:
 	$(PYTHON) -m benchmarks sanitize
 
-gpu-bench: gpu-bench-ops gpu-bench-uvit-s2 gpu-bench-uvit-m4 gpu-bench-uvit-l4 gpu-bench-step
+gpu-bench: gpu-bench-ops gpu-bench-unet-ops gpu-bench-uvit-s2 gpu-bench-uvit-m4 gpu-bench-uvit-l4
+gpu-bench: gpu-bench-unet gpu-bench-unet-cifar10 gpu-bench-step
 
 # Called again, it measures what the first call had no time for.
 gpu-bench-ops:
 	$(PYTHON) -m benchmarks ops --device cuda --missing --seconds 480 $(ARGS)
+
+gpu-bench-unet-ops:
+	$(PYTHON) -m benchmarks ops --device cuda --missing --seconds 480 --op scale_concat_group_norm \
+		--op scale_concat_conv1x1 --op group_norm_gap --op channel_stats $(ARGS)
 
 gpu-bench-uvit-s2:
 	$(PYTHON) -m benchmarks uvit --device cuda --model U-ViT-S/2 $(ARGS)
@@ -73,6 +80,13 @@ gpu-bench-uvit-m4:
 
 gpu-bench-uvit-l4:
 	$(PYTHON) -m benchmarks uvit --device cuda --model U-ViT-L/4 $(ARGS)
+
+# What compiling leaves no time for is not measured; --recipe asks for some alone.
+gpu-bench-unet:
+	$(PYTHON) -m benchmarks unet --device cuda --model unet_imagenet64 --seconds 360 $(ARGS)
+
+gpu-bench-unet-cifar10:
+	$(PYTHON) -m benchmarks unet --device cuda --model unet_cifar10 --seconds 360 $(ARGS)
 
 gpu-bench-step:
 	$(PYTHON) -m benchmarks step --device cuda --rounds 8 --steps 20 $(ARGS)

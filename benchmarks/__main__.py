@@ -10,11 +10,13 @@ from scalelong_fast.errors import UserError, unknown_name
 COMMANDS = {
     "ops": "time every op: PyTorch eager and compiled against each of our plans",
     "uvit": "time training steps of the published U-ViTs: what LS costs, fused and unfused",
+    "unet": "time training steps of the UNets: plain, compiled and fused, what scaling costs",
     "step": "time a whole training step against the authors' recipe",
     "stream": "compare a bf16 with an fp32 residual stream by the loss reached on digits",
     "digits": "judge the samples of a digits run: recognisable, and no copies",
     "aot": "compile every kernel with no GPU, and look for spills and missing matrix instructions",
     "sanitize": "look for bad memory accesses and races on a GPU",
+    "groups": "rewrite the tables and the picture of docs/groupnorm-and-kappa.md",
     "report": "rewrite the tables of README.md from the result files",
 }
 

@@ -45,6 +45,19 @@ class Image:
         return max(1, self.channels // 16)
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Sizes of x and skip, (B, C, side, side) with C of their own, in one layout, and of the norm over their concat."""
+
+    name: str
+    batch: int
+    x_channels: int
+    skip_channels: int
+    side: int
+    layout: str
+    groups: int = 32
+
+
 #: The project's models; what is compiled for M/4, D = 768, differs from L/4 in nothing but numbers.
 S2 = Tokens("U-ViT-S/2", 128, 257, 512)
 L4 = Tokens("U-ViT-L/4", 128, 258, 1024)
@@ -54,6 +67,32 @@ OTHER_WIDTHS = tuple(Tokens(f"D = {width}", 128, 256, width) for width in (128, 
 #: Decoder levels of the CIFAR-10 UNet: one for every line of the tables.
 PLANES = tuple(Image(f"{c} × {s}²", 128, c, s, "planes") for c, s in ((128, 32), (256, 16), (256, 8), (256, 4)))
 PIXELS = tuple(Image(f"{c} × {s}², channels_last", 128, c, s, "pixels") for c, s in ((128, 32), (32, 32)))
+
+#: What is too little to fill a GPU without cutting sums into parts.
+SINGLE = tuple(Image(f"320 × 64², {layout}, one sample", 1, 320, 64, layout) for layout in ("planes", "pixels"))
+
+
+def _pair(batch: int, x_channels: int, skip_channels: int, side: int, layout: str) -> Pair:
+    name = f"{x_channels} + {skip_channels} × {side}²{', channels_last' if layout == 'pixels' else ''}"
+    return Pair(name, batch, x_channels, skip_channels, side, layout)
+
+
+#: Decoder levels of the UNets; the small ones are there for the lines of the tables, the largest for its wide groups.
+PIXEL_PAIRS = (
+    _pair(128, 256, 256, 16, "pixels"),
+    _pair(128, 256, 128, 32, "pixels"),
+    _pair(64, 640, 480, 16, "pixels"),
+    _pair(64, 320, 160, 64, "pixels"),
+    _pair(8, 1280, 1280, 16, "pixels"),
+    _pair(64, 32, 32, 32, "pixels"),
+)
+PLANE_PAIRS = (
+    _pair(128, 256, 256, 16, "planes"),
+    _pair(128, 256, 128, 32, "planes"),
+    _pair(64, 320, 160, 64, "planes"),
+    _pair(128, 256, 256, 8, "planes"),
+    _pair(128, 256, 256, 4, "planes"),
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +125,7 @@ class Case:
     name: str
     kernels: Mapping[str, Needs]
     call: Callable[[Any, torch.dtype], object]
-    shapes: Sequence[Tokens | Image] = (S2, L4)
+    shapes: Sequence[Tokens | Image | Pair] = (S2, L4)
     dtypes: Sequence[torch.dtype] = FLOATS
     targets: Sequence[str] = tuple(TARGETS)
 
@@ -107,6 +146,15 @@ def _kappa(shape: Tokens) -> Tensor:
 def _image(shape: Image, dtype: torch.dtype) -> Tensor:
     image = _new(shape.batch, shape.channels, shape.side, shape.side, dtype=dtype)
     return image.contiguous(memory_format=torch.channels_last) if shape.layout == "pixels" else image
+
+
+def _halves(shape: Pair, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x and skip."""
+    x, skip = (
+        _image(Image(shape.name, shape.batch, channels, shape.side, shape.layout), dtype)
+        for channels in (shape.x_channels, shape.skip_channels)
+    )
+    return x, skip
 
 
 def _gate(count: int, hidden: int, dtype: torch.dtype = FP32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -165,6 +213,48 @@ def _ls_concat(form: str) -> Callable[[Tokens | Image, torch.dtype], None]:
         )  # fmt: skip
 
     return call
+
+
+def _channel_stats(shape: Image, dtype: torch.dtype) -> None:
+    from scalelong_fast.kernels import channel_stats
+
+    channel_stats.channel_stats_forward(_image(shape, dtype), shape.layout)
+
+
+def _group_norm(concat: bool) -> Callable[[Pair, torch.dtype], None]:
+    """A norm over the concat of both halves; ``concat``: the raw concat is written and has a gradient."""
+
+    def call(shape: Pair, dtype: torch.dtype) -> None:
+        from scalelong_fast.kernels import group_norm, group_norm_backward
+
+        x, skip = _halves(shape, dtype)
+        kappa, parameter = _new(shape.batch, shape.skip_channels), _new(shape.x_channels + shape.skip_channels)
+        stats = (_new(*x.shape[:2]),) * 2, (_new(*skip.shape[:2]),) * 2
+        normed = group_norm.group_norm_forward(
+            x, skip, kappa, *stats, shape.groups, parameter, parameter, 1e-5, "silu", shape.layout, False, concat
+        )
+        group_norm_backward.group_norm_backward(
+            normed.out, normed.concat, None, x, skip, kappa, *stats, normed.mean, normed.rstd, shape.groups, parameter,
+            parameter, "silu", shape.layout, False,
+        )  # fmt: skip
+
+    return call
+
+
+def _group_norm_alone(shape: Pair, dtype: torch.dtype) -> None:
+    """A norm over x, whose mean has a gradient; weight and bias are each sample's own."""
+    from scalelong_fast.kernels import group_norm, group_norm_backward
+
+    x, _ = _halves(shape, dtype)
+    of_channels = _new(*x.shape[:2])
+    stats = of_channels, of_channels
+    normed = group_norm.group_norm_forward(
+        x, None, None, stats, None, shape.groups, of_channels, of_channels, 1e-5, "silu", shape.layout, False, False
+    )
+    group_norm_backward.group_norm_backward(
+        normed.out, None, of_channels, x, None, None, stats, None, normed.mean, normed.rstd, shape.groups, of_channels,
+        of_channels, "silu", shape.layout, False,
+    )  # fmt: skip
 
 
 def _layer_norm(shape: Tokens, dtype: torch.dtype) -> None:
@@ -273,6 +363,49 @@ CASES = (
         {"cooperative_concat_kernel": Needs(loads=2, stores=2)},
         _ls_concat("cooperative"),
         shapes=_FORMS,
+    ),
+    Case("channel_stats", {"channel_stats_kernel": Needs(loads=2)}, _channel_stats, shapes=(*PLANES, *PIXELS)),
+    Case(
+        "channel_stats_parts",
+        {"channel_stats_kernel": Needs(loads=2), "channel_stats_join_kernel": Needs(loads=3)},
+        _channel_stats,
+        shapes=SINGLE,
+        dtypes=(BF16,),
+    ),
+    Case(
+        "group_norm",
+        {
+            "group_norm_coefficients_kernel": Needs(),
+            "group_norm_kernel": Needs(loads=2, stores=4),
+            "group_norm_sums_kernel": Needs(loads=5),
+            "group_norm_backward_coefficients_kernel": Needs(),
+            "group_norm_backward_kernel": Needs(loads=6, stores=2),
+        },
+        _group_norm(concat=True),
+        shapes=(*PIXEL_PAIRS, *PLANE_PAIRS),
+        dtypes=(BF16, FP32),
+    ),
+    Case(
+        "group_norm_without_concat",
+        {
+            "group_norm_kernel": Needs(loads=2, stores=2),
+            "group_norm_sums_kernel": Needs(loads=4),
+            "group_norm_backward_kernel": Needs(loads=4, stores=2),
+        },
+        _group_norm(concat=False),
+        shapes=(PIXEL_PAIRS[0], PLANE_PAIRS[0]),
+        dtypes=HALVES,
+    ),
+    Case(
+        "group_norm_alone",
+        {
+            "group_norm_kernel": Needs(loads=1, stores=1),
+            "group_norm_sums_kernel": Needs(loads=2),
+            "group_norm_backward_kernel": Needs(loads=2, stores=1),
+        },
+        _group_norm_alone,
+        shapes=(PIXEL_PAIRS[0], PLANE_PAIRS[0]),
+        dtypes=HALVES,
     ),
     Case(
         "layer_norm",

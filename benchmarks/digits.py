@@ -6,14 +6,17 @@ whether the model copies: copies would bring it to 0, new digits as diverse as t
 """
 
 import argparse
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks import environment
 from scalelong_fast.errors import UserError
+from scalelong_fast.models import UNetConfig, UViTConfig
 from scalelong_fast.training import RunFolder, generate
 from scalelong_fast.training.checkpoint import write_json
 from scalelong_fast.training.metrics import read_metrics
@@ -22,11 +25,25 @@ SOURCES = (
     "scalelong_fast/diffusion/solvers.py",
     "scalelong_fast/models/cpu_attention.py",
     "scalelong_fast/models/cpu_linear.py",
-    "scalelong_fast/models/uvit.py",
     "scalelong_fast/scaling/learnable.py",
     "scalelong_fast/training/presets.py",
     "scalelong_fast/training/step.py",
 )
+
+#: Names of the networks and the files of each one alone, by the class of its config.
+MODELS: dict[type, tuple[str, tuple[str, ...]]] = {
+    UViTConfig: ("uvit_digits", ("scalelong_fast/models/uvit.py",)),
+    UNetConfig: (
+        "unet_digits",
+        (
+            "scalelong_fast/models/unet.py",
+            "scalelong_fast/models/unet_attention.py",
+            "scalelong_fast/models/unet_blocks.py",
+            "scalelong_fast/models/unet_norm.py",
+            "scalelong_fast/scaling/width_adapters.py",
+        ),
+    ),
+}
 
 
 def nearest(points: np.ndarray, others: np.ndarray, same: bool = False) -> np.ndarray:
@@ -78,10 +95,28 @@ def training_seconds(folder: RunFolder) -> float:
     return rows[-1]["time"] - first["time"] + first["step"] * first["batch_size"] / first["images_per_second"]
 
 
+def other_records(path: Path, where: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
+    """The records that a result file has of other models, measured on the same machine with the same versions."""
+
+    def undated(environment: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in environment.items() if key != "date"}
+
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if undated(old["environment"]) != undated(where):
+            return []
+        return [record for record in old["records"] if record["model"] != model]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # missing or of another shape: it is written anew
+
+
 def main(args: Sequence[str]) -> int:
-    """``python -m benchmarks digits RUN``: judge 20 samples of each digit; returns the exit code."""
+    """``python -m benchmarks digits RUN``: judge 20 samples of each digit; returns the exit code.
+
+    The result file keeps the last run of each model.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks digits", description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="run folder, e.g. runs/digits-uvit")
+    parser.add_argument("run", type=Path, help="run folder, e.g. runs/digits-unet")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance weight; default: the run's")
     parser.add_argument("--sampler", help="default: the run's")
     parser.add_argument("--seed", type=int, default=0)
@@ -102,8 +137,10 @@ def main(args: Sequence[str]) -> int:
         sampler=options.sampler,
         seed=options.seed,
     )
+    model, own_sources = MODELS[type(config.model)]
+    sources = sorted((*SOURCES, *own_sources))
     record = {
-        "model": "uvit_digits",
+        "model": model,
         "shape": list(images.shape),
         "dtype": "float32",
         "direction": "sample",
@@ -113,20 +150,23 @@ def main(args: Sequence[str]) -> int:
         "sampler": options.sampler or config.sample.sampler,
         "guidance": guidance,
         **judge(images, labels),
-        "sources": list(SOURCES),
-        "source_sha256": environment.source_hash(SOURCES),
+        "sources": sources,
+        "source_sha256": environment.source_hash(sources),
     }
     print(
         f"{record['recognised']:.1%} of {len(images)} samples recognised; nearest real digit at "
         f"{record['nearest_ratio']:.2f} of the distance between real digits; {record['steps']} steps in "
         f"{record['training_seconds']:.0f} s"
     )
+    where = environment.describe(device)
+    out = options.out or environment.RESULTS / where["machine"] / "digits.json"
+    records = [*other_records(out, where, model), record]
+    order = [name for name, _ in MODELS.values()]
     result = {
-        "environment": environment.describe(device),
+        "environment": where,
         "ceilings": environment.ceilings(device),
-        "records": [record],
+        "records": sorted(records, key=lambda record: order.index(record["model"])),
     }
-    out = options.out or environment.RESULTS / result["environment"]["machine"] / "digits.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, result)
     if options.picture:

@@ -153,6 +153,82 @@ def _add_layer_norm_gap(case: Case, backward: bool) -> list[Pass]:
     return [Pass("joined gradient", rows * (width * (2 * size + 3 * feature + copy) + 4) + 12 * width)]
 
 
+def _image(case: Case) -> tuple[int, int, int]:
+    """Pixels of all samples, samples, and channels of an image of its own."""
+    batch, channels, *spatial = case.shape
+    return batch * torch.Size(spatial).numel(), batch, channels
+
+
+def _channel_stats(case: Case, backward: bool) -> list[Pass]:
+    pixels, batch, channels = _image(case)
+    if not backward:  # mean and m2
+        return [Pass("statistics", pixels * channels * case.dtype.itemsize + 8 * batch * channels)]
+    # All pixels of a channel have the same gradient: an expanded tensor, which fills no memory.
+    return [Pass("mean's gradient", batch * channels * (4 + case.dtype.itemsize))]
+
+
+def _group_norm(feature: int, statistics: int, channels: int, backward: bool, **extra: int) -> list[Pass]:
+    """A norm whose statistics are known, forward; or its backward: sums over all pixels, then the gradients.
+
+    Args:
+        feature: bytes of what is normalised.
+        statistics: bytes of the mean and m2 of its channels.
+        channels: C, of weight and bias.
+        backward: which.
+        extra: bytes that passes touch besides: ``norm``; ``sums``, ``gradients``.
+    """
+    if not backward:
+        return [Pass("norm", 2 * feature + statistics + 8 * channels + extra.get("norm", 0))]
+    return [
+        # dy and x read, and the norm's weight and bias; their gradients written.
+        Pass("sums", 2 * feature + statistics + 16 * channels + extra.get("sums", 0)),
+        # dy and x read again, dx written.
+        Pass("gradients", 3 * feature + statistics + 8 * channels + extra.get("gradients", 0)),
+    ]
+
+
+def _group_norm_gap(case: Case, backward: bool) -> list[Pass]:
+    pixels, batch, channels = _image(case)
+    feature, statistics = pixels * channels * case.dtype.itemsize, 8 * batch * channels
+    means = 4 * batch * channels  # the gradient of the mean joins in the second pass
+    passes = _group_norm(feature, statistics, channels, backward, gradients=means)
+    return passes if backward else [*_channel_stats(case, backward=False), *passes]
+
+
+def _scale_concat_group_norm(case: Case, backward: bool) -> list[Pass]:
+    x, skip, count = _halves(case)
+    size, batch = case.dtype.itemsize, case.shape[0]
+    concat, kappa = (x + skip) * size, 4 * count
+    of_x, of_skip = 8 * batch * case.shape[1], 8 * count  # mean and m2
+    # The raw concat is written next to the norm; its gradient is read for κ's, as far as the skip goes, and joins in.
+    norm, sums, gradients = kappa, 2 * kappa, kappa
+    if case.raw:
+        norm, sums, gradients = norm + concat, sums + skip * size, gradients + concat
+    passes = _group_norm(
+        concat, of_x + of_skip, case.shape[1] + case.shape[2], backward, norm=norm, sums=sums, gradients=gradients
+    )
+    if backward:
+        return passes
+    pool = [] if case.pooled else [Pass("statistics of the skip", skip * size + of_skip)]
+    return [*pool, Pass("statistics of x", x * size + of_x), *passes]
+
+
+def _scale_concat_conv1x1(case: Case, backward: bool) -> list[Pass]:
+    x, skip, count = _halves(case)
+    size, channels_x, channels = case.dtype.itemsize, case.shape[1], case.shape[1] + case.shape[2]
+    rows, out, kappa = x // channels_x, channels_x, 4 * count  # as many channels come out as x has
+    inputs, output, weight = (x + skip) * size, rows * out * size, out * channels * size
+    if not backward:
+        product = Product("nt", rows, out, channels)
+        return [Pass("product", inputs + output + weight + kappa, product.flop, product)]
+    input_product, weight_product = Product("nn", rows, channels, out), Product("tn", out, channels, rows)
+    return [
+        # dy, and the skip for dκ, read; dx and dskip written.
+        Pass("input gradients", output + skip * size + inputs + weight + 2 * kappa, input_product.flop, input_product),
+        Pass("weight gradient", output + inputs + weight + kappa, weight_product.flop, weight_product),
+    ]
+
+
 _PASSES: dict[str, Callable[[Case, bool], list[Pass]]] = {
     "se_gate": _se_gate,
     "scale_concat": _scale_concat,
@@ -161,6 +237,10 @@ _PASSES: dict[str, Callable[[Case, bool], list[Pass]]] = {
     "ls_skip_linear": _ls_skip_linear,
     "layer_norm_gap": _layer_norm_gap,
     "add_layer_norm_gap": _add_layer_norm_gap,
+    "channel_stats": _channel_stats,
+    "group_norm_gap": _group_norm_gap,
+    "scale_concat_group_norm": _scale_concat_group_norm,
+    "scale_concat_conv1x1": _scale_concat_conv1x1,
 }
 
 

@@ -58,6 +58,8 @@ def _moved(example: Example, shift: int) -> Example:
     """The same numbers in other places and other memory: as random as the originals, and quickly made."""
 
     def moved(value: object) -> object:
+        if isinstance(value, tuple):  # statistics
+            return tuple(map(moved, value))
         if not isinstance(value, Tensor):
             return value
         source = value.detach()
@@ -83,6 +85,7 @@ def make_calls(
 
 
 def _call(case: Case, variant: Variant, example: Example, direction: str) -> Callable[[], tuple[Tensor, ...]]:
+    example = variant.prepared(example)
     inputs = example.tensors()
 
     def forward() -> tuple[Tensor, ...]:
@@ -144,6 +147,8 @@ def exact_results(case: Case, example: Example, cotangents: Sequence[Tensor]) ->
     """Outputs and gradients of the reference in float64 on the same numbers."""
 
     def double(value: object) -> object:
+        if isinstance(value, tuple):
+            return tuple(map(double, value))
         return value.detach().double().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
     args = tuple(double(value) for value in example.args)
@@ -171,16 +176,17 @@ def accuracy(
     cotangents: Sequence[Tensor],
     exact: tuple[list[Tensor], list[Tensor]],
 ) -> Accuracy:
-    """Errors of one call and its gradients."""
+    """Errors of one call and its gradients; of a baseline, those of the outputs that it has."""
+    example = variant.prepared(example)
     with variant.forced():
         outputs = variant(case, example)
         grads = torch.autograd.grad(case.grade(outputs), example.tensors(), cotangents)
-    forward = tuple(_error(o.detach(), e) for o, e in zip(outputs, exact[0], strict=True))
+    forward = tuple(_error(o.detach(), e) for o, e in zip(outputs, exact[0], strict=variant.plan is not None))
     return Accuracy(forward, tuple(_error(g, e) for g, e in zip(grads, exact[1], strict=True)))
 
 
 def check_accuracy(case: Case, name: str, own: Accuracy, eager: Accuracy) -> None:
-    """Compare with PyTorch's own errors in the same dtype.
+    """Compare with the errors of the definition in PyTorch in the same dtype.
 
     The yardstick of a tensor is PyTorch's error in it. A tensor of a few numbers (the bias of a gate's one hidden
     unit) may come out right by chance, so for those it is PyTorch's largest error in the same pass.
@@ -189,11 +195,13 @@ def check_accuracy(case: Case, name: str, own: Accuracy, eager: Accuracy) -> Non
         WrongResultError: an error is more than :data:`TOLERATED` (a baseline's: :data:`TOLERATED_OF_BASELINE`) times
             PyTorch's, or not a number.
     """
-    tolerated = TOLERATED_OF_BASELINE if name == "compile" else TOLERATED
+    tolerated = TOLERATED_OF_BASELINE if name in ("eager", "compile") else TOLERATED
     ulp = torch.finfo(case.dtype).eps / 2  # where PyTorch happens to be exact
     for kind in ("forward", "backward"):
         largest = max(error.value for error in getattr(eager, kind))
-        for index, (error, pytorch) in enumerate(zip(getattr(own, kind), getattr(eager, kind), strict=True)):
+        for index, (error, pytorch) in enumerate(
+            zip(getattr(own, kind), getattr(eager, kind), strict=kind == "backward")
+        ):
             yardstick = max(pytorch.value if pytorch.elements >= FEW else largest, ulp)
             if not error.value <= tolerated * yardstick:
                 what = "output" if kind == "forward" else "gradient"

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import ROOT
-from benchmarks.op_cases import Case
+from benchmarks.op_cases import UNET_OPS, Case
+from benchmarks.unet_baselines import BASELINES
 from scalelong_fast.ops import explain_plan, force_plan, list_plans
 from scalelong_fast.ops.examples import Example
 from scalelong_fast.ops.problem import architecture, interpreting
@@ -22,7 +23,8 @@ from scalelong_fast.ops.problem import architecture, interpreting
 PYTORCH_PLANS = ("eager", "two_gemm", "cat_buffer", "native")
 
 #: Files of scalelong_fast/ops/ that choose and join, but do not say what is computed.
-_MACHINERY = ("__init__", "checks", "differentiable", "examples", "kappa", "plans", "problem", "tables", "tuning")
+_MACHINERY = ("__init__", "checks", "differentiable", "examples", "group_norm_checks", "kappa", "plans", "problem")
+_MACHINERY += ("tables", "tuning")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Variant:
         plan: of our op; None for the reference.
         obstacle: why it cannot be timed here, or None.
         sources: files whose code it runs, relative to the repository.
+        planes: it is given contiguous images, whatever the layout of the case.
     """
 
     name: str
@@ -42,6 +45,21 @@ class Variant:
     plan: str | None = None
     obstacle: str | None = None
     sources: tuple[str, ...] = ()
+    planes: bool = False
+
+    def prepared(self, example: Example) -> Example:
+        """The arguments as the variant takes them, made outside of what is timed."""
+        if not self.planes:
+            return example
+
+        def contiguous(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.is_contiguous():
+                return value
+            return value.detach().contiguous().requires_grad_(value.requires_grad)
+
+        return Example(
+            tuple(map(contiguous, example.args)), {key: contiguous(value) for key, value in example.kwargs.items()}
+        )
 
     def forced(self) -> contextlib.AbstractContextManager[None]:
         """Context in which :attr:`function` takes the plan; not entered in a timed region."""
@@ -84,11 +102,13 @@ def variants(case: Case, device: torch.device, example: Example | None = None) -
     if device.type == "cpu" and interpreting():
         raise RuntimeError("Triton's interpreter is on: call this inside no_interpreter()")
     example = example or case.example(device)
-    reference = case.reference()
-    compiled = torch.compile(reference, fullgraph=True, dynamic=False)
+    baseline = case.baseline()
+    compiled = torch.compile(baseline, fullgraph=True, dynamic=False)
+    sources = baseline_sources(case.op, device)
     found = [
-        Variant("eager", reference, sources=_sources(case.op, "eager", device)),
-        Variant("compile", compiled, sources=_sources(case.op, "eager", device)),
+        # Most eager UNets are contiguous, and PyTorch's GroupNorm copies what is not.
+        Variant("eager", baseline, sources=sources, planes=case.op in UNET_OPS),
+        Variant("compile", compiled, sources=sources),
     ]
     chosen = _choice(case, example)
     found.append(Variant("dispatch", case.public(), chosen, sources=_sources(case.op, chosen, device)))
@@ -122,9 +142,14 @@ def _sources(op: str, plan: str, device: torch.device) -> tuple[str, ...]:
     return tuple(files)
 
 
+def baseline_sources(op: str, device: torch.device) -> tuple[str, ...]:
+    """Sources of what PyTorch is timed with."""
+    return ("benchmarks/unet_baselines.py",) if op in BASELINES else _sources(op, "eager", device)
+
+
 def source_lists(op: str, device: torch.device) -> set[tuple[str, ...]]:
     """Every list of sources that a variant of an op can have on a device."""
-    return {_sources(op, plan, device) for plan in list_plans(op)}
+    return {baseline_sources(op, device), *(_sources(op, plan, device) for plan in list_plans(op))}
 
 
 @functools.cache

@@ -138,19 +138,17 @@ def _obstacle(variant: Variant, device: torch.device) -> str | None:
 
 def _check(case: Case, example: Any, outcomes: Sequence[Outcome]) -> None:
     """Fill in errors; a variant that fails or computes something else keeps a note instead."""
-    yardstick = None
-    eager = next(o for o in outcomes if o.variant.name == "eager")
-    cotangents = case.cotangents(eager.variant(case, example))
+    definition = Variant("definition", case.reference())
+    cotangents = case.cotangents(definition(case, example))
     exact = exact_results(case, example, cotangents)
+    yardstick = accuracy(case, definition, example, cotangents, exact)
 
     def look(outcome: Outcome) -> None:
-        nonlocal yardstick
         own = accuracy(case, outcome.variant, example, cotangents, exact)
-        yardstick = own if outcome is eager else yardstick
         outcome.errors = {d: own.worst(d) for d in DIRECTIONS}
-        check_accuracy(case, outcome.variant.name, own, yardstick or own)
+        check_accuracy(case, outcome.variant.name, own, yardstick)
 
-    for outcome in sorted(outcomes, key=lambda o: o is not eager):
+    for outcome in outcomes:
         _attempt(outcome, look)
 
 

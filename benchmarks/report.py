@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.environment import RESULTS, ROOT, source_hash
 from benchmarks.report_aot import aot_table, read_targets
 from benchmarks.report_ops import draw_all, gpu_note, losses_table, ops_table
+from benchmarks.report_unet import decoder_model_note, decoder_table, unet_table
 from benchmarks.report_uvit import uvit_table
 from scalelong_fast.errors import UserError, unknown_name
 
@@ -136,7 +137,8 @@ def digits_table(result: dict[str, Any], root: Path = ROOT) -> list[str]:
     """Markdown of ``digits.json``."""
     rows = [
         [
-            record["variant"] + (STALE if is_stale(record, root) else ""),
+            f"`{record['model']}`" + (STALE if is_stale(record, root) else ""),
+            record["variant"],
             f"{record['steps']}",
             f"{record['training_seconds']:.0f}",
             f"{record['sampler']}, guidance {record['guidance']:g}",
@@ -145,7 +147,7 @@ def digits_table(result: dict[str, Any], root: Path = ROOT) -> list[str]:
         ]
         for record in result["records"]
     ]
-    headings = ("scaling", "steps", "training s", "sampler", "recognised", "nearest real digit")
+    headings = ("model", "scaling", "steps", "training s", "sampler", "recognised", "nearest real digit")
     note = (
         f"{result['records'][0]['shape'][0]} samples, 20 of each digit. Recognised: read as the digit asked for by a "
         "support vector machine fitted on the real digits. Nearest real digit: median distance, in units of that "
@@ -162,14 +164,21 @@ TABLES: dict[str, Callable[[dict[str, Any], Path], list[str]]] = {
     "ops": ops_table,
     "where_we_lose": losses_table,
     "uvit": uvit_table,
+    "decoder": decoder_table,
+    "unet": unet_table,
     "aot": aot_table,
 }
 
 #: Result files of tables that are not named like theirs.
-FILES = {"where_we_lose": "ops"}
+FILES = {"where_we_lose": "ops", "decoder": "ops"}
 
 #: What to say of all machines' results together, by table.
-NOTES: dict[str, Callable[[list[dict[str, Any]]], str | None]] = dict.fromkeys(("ops", "uvit"), gpu_note)
+NOTES: dict[str, Callable[[list[dict[str, Any]]], str | None]] = {
+    "ops": gpu_note,
+    "uvit": gpu_note,
+    "decoder": decoder_model_note,
+    "unet": gpu_note,
+}
 
 
 def render(name: str, results: Path = RESULTS, root: Path = ROOT) -> str:
@@ -185,13 +194,14 @@ def render(name: str, results: Path = RESULTS, root: Path = ROOT) -> str:
     for path in sorted(results.glob("aot" if name == "aot" else f"*/{FILES.get(name, name)}.json")):
         try:
             found.append(read_targets(path) if path.is_dir() else json.loads(path.read_text(encoding="utf-8")))
-            parts.append("\n".join(TABLES[name](found[-1], root)))
+            lines = TABLES[name](found[-1], root)
+            parts += ["\n".join(lines)] if lines else []
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(
                 f"{path.parent.name}/{path.name}: not a result of this benchmark ({type(error).__name__}: {error}). "
                 "Measure it again, or delete it."
             ) from error
-    note = NOTES[name](found) if parts and name in NOTES else None
+    note = NOTES[name](found) if name in NOTES else None
     return "\n\n".join([*parts, note] if note else parts) or NOT_MEASURED
 
 

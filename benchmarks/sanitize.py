@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.environment import ROOT
-from benchmarks.op_cases import OPS, Case
+from benchmarks.op_cases import ONE_IMAGE_OPS, OPS, UNET_OPS, Case
 from benchmarks.op_timing import make_calls
 from benchmarks.op_variants import PYTORCH_PLANS, Variant
 from scalelong_fast.errors import UserError, unknown_name
@@ -33,6 +33,8 @@ def sanitizer_cases(op: str, tool: str) -> list[Case]:
     bf16, fp32 = torch.bfloat16, torch.float32
     if op == "se_gate":
         return [Case(op, (3, 37), fp32)]
+    if op in UNET_OPS:
+        return _unet_cases(op, tool)
     if tool == "racecheck":
         return [Case(op, (2, 33, 64), bf16)]
     rows = [Case(op, (3, 37, 72), bf16), Case(op, (2, 17, 35), fp32)]
@@ -41,6 +43,18 @@ def sanitizer_cases(op: str, tool: str) -> list[Case]:
     if op == "ls_skip_linear":
         return [*rows, Case(op, (3, 37, 72), bf16, pooled=True)]
     return rows
+
+
+def _unet_cases(op: str, tool: str) -> list[Case]:
+    """The same of the ops on images; 24 + 20 channels in groups of 11 straddle the border of x and skip."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    widths = (40,) if op in ONE_IMAGE_OPS else (24, 20)
+    if tool == "racecheck":
+        return [Case(op, (2, *widths, 5, 7), bf16, layout) for layout in ("pixels", "planes")]
+    found = [Case(op, (2, *widths, 5, 7), dtype, layout) for dtype in (bf16, fp32) for layout in ("pixels", "planes")]
+    if op == "scale_concat_group_norm":
+        found += [Case(op, (2, *widths, 5, 7), bf16, layout, pooled=True, raw=True) for layout in ("pixels", "planes")]
+    return found
 
 
 def run_calls(tool: str, device: torch.device, ops: Sequence[str] = OPS) -> list[str]:

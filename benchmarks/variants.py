@@ -29,8 +29,8 @@ _AUTHORS = ("benchmarks/authors_recipe.py", "benchmarks/variants.py")
 #: Ops that a fused U-ViT calls.
 UVIT_OPS = ("add_layer_norm_gap", "layer_norm_gap", "ls_skip_linear", "scale_concat_linear", "se_gate")
 
-#: What every step of ours runs, the ops of its model apart.
-STEP_SOURCES = (
+#: What every step of ours runs, whatever its model.
+COMMON_SOURCES = (
     "scalelong_fast/data/images.py",
     "scalelong_fast/data/order.py",
     "scalelong_fast/diffusion/loss.py",
@@ -38,15 +38,17 @@ STEP_SOURCES = (
     "scalelong_fast/models/attention.py",
     "scalelong_fast/models/cpu_attention.py",
     "scalelong_fast/models/cpu_linear.py",
-    "scalelong_fast/models/layers.py",
+    "scalelong_fast/models/embedding.py",
+    "scalelong_fast/models/inputs.py",
     "scalelong_fast/models/long_skip.py",
-    "scalelong_fast/models/uvit.py",
     "scalelong_fast/scaling/base.py",
     "scalelong_fast/training/ema.py",
     "scalelong_fast/training/hardware.py",
     "scalelong_fast/training/optim.py",
     "scalelong_fast/training/step.py",
 )
+#: What every step of a U-ViT runs, the ops apart.
+STEP_SOURCES = (*COMMON_SOURCES, "scalelong_fast/models/layers.py", "scalelong_fast/models/uvit.py")
 _OURS = ("benchmarks/variants.py", *STEP_SOURCES, *sorted({path for op in UVIT_OPS for path in op_files(op)}))
 _OURS_LS = (*_OURS, "scalelong_fast/scaling/gates.py", "scalelong_fast/scaling/learnable.py")
 _OURS_NONE = (*_OURS, "scalelong_fast/scaling/constant.py")

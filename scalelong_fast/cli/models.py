@@ -32,6 +32,7 @@ def main(args: Sequence[str]) -> int:
         summary = summarize(name)
         shape = "×".join(map(str, summary.input_shape))
         millions = f"{summary.parameters / 1e6:.1f}M"
-        table.add_row(name, shape, summary.condition, millions, str(summary.skips), str(summary.tokens))
+        tokens = "–" if summary.tokens is None else str(summary.tokens)
+        table.add_row(name, shape, summary.condition, millions, str(summary.skips), tokens)
     Console(width=100).print(table)
     return 0

@@ -14,6 +14,8 @@ T = TypeVar("T")
 def parse(cls: type[T], args: Sequence[str], prog: str, default: Any = None, description: str | None = None) -> T:
     """Fill dataclass ``cls`` from command-line arguments.
 
+    A field that may hold one of several dataclasses keeps the class it has in ``default``.
+
     Raises:
         UserError: a value that the dataclass refuses.
         SystemExit: help (0), or unknown options and words that are no numbers (2, explained by tyro).
@@ -27,7 +29,9 @@ def parse(cls: type[T], args: Sequence[str], prog: str, default: Any = None, des
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(cls, args=args, prog=prog, description=description, **options)
+            # Otherwise every class would become a subcommand.
+            keep = (tyro.conf.AvoidSubcommands,)
+            return tyro.cli(cls, args=args, prog=prog, description=description, config=keep, **options)
     except SystemExit as error:
         # tyro boxes what a dataclass raises while it is built; the original is at the end of the chain.
         cause: BaseException | None = error

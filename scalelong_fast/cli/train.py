@@ -18,6 +18,7 @@ presets:
 examples:
   scalelong-fast train digits-uvit
   scalelong-fast train digits-uvit --model.scaling cs --model.kappa 0.7 --out runs/digits-cs
+  scalelong-fast train digits-unet --model.channel-mult 1 2 --model.dropout 0.1 --out runs/digits-dropout
   scalelong-fast train cifar10-uvit --train.batch-size 64 --train.precision bf16
 
 All options, with their values in a preset: scalelong-fast train PRESET --help

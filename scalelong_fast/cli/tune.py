@@ -30,8 +30,10 @@ class TuneArguments:
     op: tuple[str, ...] = ()
     """Ops, e.g. ls_skip_linear; default: all."""
     shape: tuple[str, ...] = ()
-    """B,L,D of tokens, e.g. 128,257,512, or B,C_x,C_skip,H,W of images; default: those of the training presets
-    (on a CPU of digits-uvit alone)."""
+    """B,L,D of tokens, e.g. 128,257,512, or B,C_x,C_skip,H,W of images; default: those of the training presets, of a
+    UNet those of its decoder (on a CPU of digits-uvit alone)."""
+    channels_last: bool = True
+    """Lay B,C,H,W out as channels_last, as the UNets do, instead of contiguous."""
     dtype: str = "auto"
     """Of features and weights: bf16, fp16 or fp32; auto: what training takes on the device."""
     stream: str = "fp32"
@@ -74,9 +76,12 @@ def shapes_to_tune(arguments: TuneArguments, device: torch.device) -> list[tuple
     found = []
     for name in presets:
         config = get_preset(name)
+        batch, reduction = config.train.batch_size, arguments.reduction or config.model.reduction
         if isinstance(config.model, UViTConfig):
-            shape = (config.train.batch_size, config.model.num_tokens, config.model.embed_dim)
-            found.append((shape, arguments.reduction or config.model.reduction))
+            found.append(((batch, config.model.num_tokens, config.model.embed_dim), reduction))
+        else:
+            concats = config.model.decoder_concats
+            found += [((batch, x, skip, side, side), reduction) for x, skip, side in concats]
     return list(dict.fromkeys(found))
 
 
@@ -84,7 +89,14 @@ def shape_for(op: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """The numbers of ``shape`` that concern ``op``; None where the op does not take such features."""
     if op == "se_gate":
         return shape[:2] if len(shape) == 3 else (shape[0], shape[2])
-    return shape if len(shape) == 3 or "C_skip" in SHAPES[op] else None
+    if SHAPES[op] == "[B, C, *spatial]":
+        return None if len(shape) == 3 else shape[:2] + shape[3:]
+    return shape if ("[B, L, D]" if len(shape) == 3 else "C_skip") in SHAPES[op] else None
+
+
+def is_image(op: str, shape: tuple[int, ...]) -> bool:
+    """Whether the features have two spatial dimensions, so that there is a choice of memory format."""
+    return len(shape) == (4 if SHAPES[op] == "[B, C, *spatial]" else 5)
 
 
 def main(args: Sequence[str]) -> int:
@@ -104,8 +116,14 @@ def main(args: Sequence[str]) -> int:
     tunings = []
     for op, shape, reduction in dict.fromkeys(cases):
         example = example_arguments(
-            op, shape, dtype, device, stream_dtype=DTYPES[arguments.stream], reduction=reduction
-        )  # fmt: skip
+            op,
+            shape,
+            dtype,
+            device,
+            stream_dtype=DTYPES[arguments.stream],
+            channels_last=arguments.channels_last and is_image(op, shape),
+            reduction=reduction,
+        )
         if console.is_terminal:
             console.print(f"[dim]{op} {shape}[/dim]", highlight=False)
         tunings.append((shape, tune_call(op, example.args, example.kwargs, rounds=arguments.rounds)))

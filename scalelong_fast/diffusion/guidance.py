@@ -44,7 +44,8 @@ class NoisePredictor:
     """Predicts the noise in a batch: eps = eps_null + w (eps_cond - eps_null) (Ho & Salimans 2022).
 
     Args:
-        model: backbone, called as ``model(x, timesteps, y=y)``.
+        model: backbone, called as ``model(x, timesteps, y=y)``. Of twice as many channels as ``x`` has, as models with
+            learned variances return them, the first half is the noise.
         y: labels (B,) or features (B, L, D) on the model's device, or None.
         null_y: label or features (L, D) of the unconditional branch.
         guidance: the weight w; 1 calls the conditional branch alone.
@@ -69,6 +70,8 @@ class NoisePredictor:
     def _predict(self, x: Tensor, timestep: float) -> Tensor:
         timesteps = torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
         eps = self._model(x, timesteps, y=self._y)
+        if eps.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
+            eps = eps[:, : x.shape[1]]
         if eps.shape != x.shape:
             raise invalid("model", tuple(eps.shape), f"an output of shape {tuple(x.shape)}")
         return eps.float()

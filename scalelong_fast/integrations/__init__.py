@@ -1,5 +1,5 @@
 """Other people's weights and networks."""
 
-from scalelong_fast.integrations.checkpoints import load_uvit_checkpoint
+from scalelong_fast.integrations.checkpoints import load_unet_checkpoint, load_uvit_checkpoint
 
-__all__ = ["load_uvit_checkpoint"]
+__all__ = ["load_unet_checkpoint", "load_uvit_checkpoint"]

@@ -1,14 +1,15 @@
-"""Weights published with U-ViT and ScaleLong."""
+"""Weights published with U-ViT and ScaleLong, and those of the openai UNets."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalelong_fast.errors import UserError, invalid
-from scalelong_fast.models import UViT
+from scalelong_fast.models import UNet, UViT
 
 _LAYERS = {"layer1": "down", "layer2": "up"}
 _GATE_KEY = re.compile(r"^se\.(?:(?P<block>\d+)\.)?(?P<layer>layer[12])\.(?P<leaf>weight|bias)$")
@@ -70,13 +71,54 @@ def load_uvit_checkpoint(model: UViT, path_or_state_dict: str | Path | Mapping[s
     Raises:
         UserError: unreadable file, or names and shapes that differ; the model is then unchanged.
     """
-    source = path_or_state_dict
+    state = convert_uvit_keys(_tensors_of(path_or_state_dict), model.config.num_skips)
+    _load(model, state)
+    return model
+
+
+def load_unet_checkpoint(model: UNet, path_or_state_dict: str | Path | Mapping[str, Tensor]) -> UNet:
+    """Load weights published with the openai UNets (IDDPM, ADM), or saved from a :class:`UNet`, strictly.
+
+    Args:
+        model: a :class:`~scalelong_fast.models.UNet` of the same shape; ``learn_sigma=True`` for weights that also
+            predict the variance, as most published ones do. Heads (``num_heads``, ``num_head_channels``) and their
+            order (``use_new_attention_order``) leave no trace in names and shapes: they must be those of the training.
+        path_or_state_dict: a ``.pt`` / ``.pth`` / ``.safetensors`` file, or the tensors by parameter name. Of any
+            floating dtype: the model keeps its own.
+
+    Returns:
+        ``model``. Where it has parameters of its coefficients and the file has none, as published weights have, they
+        keep their values, and a warning says so.
+
+    Raises:
+        UserError: unreadable file, or names and shapes that differ; the model is then unchanged.
+    """
+    state = _tensors_of(path_or_state_dict)
+    gates = {key: value for key, value in model.state_dict().items() if key.startswith("scaling.")}
+    without_gates = bool(gates) and not any(key.startswith("scaling.") for key in state)
+    _load(model, state | gates if without_gates else state)
+    if without_gates:
+        disturbed = model.config.scaling.startswith("ls") and model.config.init == "paper"
+        mend = ' Build the model with init="identity" to start from the network as it was trained.' if disturbed else ""
+        warnings.warn(
+            f"checkpoint: it has no parameters of the long skips' coefficients; those of scaling "
+            f"{model.config.scaling!r} keep their values.{mend}",
+            stacklevel=2,
+        )
+    return model
+
+
+def _tensors_of(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file or a mapping, by name."""
     if isinstance(source, Mapping) and not _holds_tensors(source):
         raise UserError(
             "state_dict: holds values that are no tensors; expected a state dict, i.e. tensors by parameter name."
         )
-    state = dict(source) if isinstance(source, Mapping) else read_state_dict(source)
-    state = convert_uvit_keys(state, model.config.num_skips)
+    return dict(source) if isinstance(source, Mapping) else read_state_dict(source)
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load ``state`` strictly, or refuse it and leave the model alone."""
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     reshaped = [
@@ -98,7 +140,6 @@ def load_uvit_checkpoint(model: UViT, path_or_state_dict: str | Path | Mapping[s
         )
         raise UserError(f"checkpoint: its parameters do not fit the model ({'; '.join(parts)}). {mend}")
     model.load_state_dict(state, strict=True)
-    return model
 
 
 def _shorten(names: list[str], limit: int = 4) -> str:

@@ -26,6 +26,36 @@ def _math(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(v.dtype) @ v
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
+    """Softmax attention.
+
+    Args:
+        q: ``(B, L, H, d)``.
+        k, v: ``(B, M, H, d)`` of the same dtype.
+        scale: factor of the logits.
+        backend: ``sdpa``, ``xformers`` or ``math``.
+
+    Returns:
+        ``(B, L, H · d)``.
+    """
+    if backend == "xformers":
+        from xformers.ops import memory_efficient_attention
+
+        if q.device.type == "cpu":
+            raise invalid("attention", "xformers", "'sdpa' or 'math' for tensors on the CPU")
+        return memory_efficient_attention(q, k, v, scale=scale).flatten(2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale) if backend == "sdpa" else _math(q, k, v, scale)
+    return out.transpose(1, 2).flatten(2)
+
+
+def attend_jointly(qkv: Tensor, scale: float, backend: str) -> Tensor:
+    """:func:`attend` of a joint projection ``(B, L, 3, H, d)``; ``(B, L, H · d)``."""
+    if backend == "sdpa" and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
+        return cpu_attention(qkv, scale)
+    return attend(*qkv.unbind(2), scale, backend)
+
+
 class Attention(nn.Module):
     """Self-attention over tokens, ``(B, L, D) → (B, L, D)``.
 
@@ -59,20 +89,4 @@ class Attention(nn.Module):
         """Attend among the tokens ``x`` ``(B, L, D)``; the result has the same shape."""
         batch, length, dim = x.shape
         qkv = project(self.qkv, x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
-        if self.backend == "xformers":
-            return project(self.proj, self._xformers(qkv).reshape(batch, length, dim))
-        if self.backend == "sdpa" and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
-            return project(self.proj, cpu_attention(qkv, self.scale))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, L, D/H) each
-        if self.backend == "sdpa":
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        else:
-            out = _math(q, k, v, self.scale)
-        return project(self.proj, out.transpose(1, 2).reshape(batch, length, dim))
-
-    def _xformers(self, qkv: Tensor) -> Tensor:
-        from xformers.ops import memory_efficient_attention
-
-        if qkv.device.type == "cpu":
-            raise invalid("attention", "xformers", "'sdpa' or 'math' for tensors on the CPU")
-        return memory_efficient_attention(*qkv.unbind(2), scale=self.scale)
+        return project(self.proj, attend_jointly(qkv, self.scale, self.backend))

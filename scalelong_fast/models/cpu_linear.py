@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from scalelong_fast.models.long_skip import is_plain
 
@@ -83,8 +84,27 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
 cpu_linear.register_autograd(_backward, setup_context=_setup)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``, by :func:`cpu_linear` where bf16 is multiplied on a CPU.
+
+    Args:
+        x: ``(..., K)``.
+        weight: ``(N, K)``.
+        bias: ``(N,)`` or None.
+
+    Returns:
+        ``(..., N)`` in the dtype that ``F.linear`` gives it.
+    """
+    autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    if x.device.type != "cpu" or dtype != torch.bfloat16 or (not autocast and weight.dtype != dtype):
+        return F.linear(x, weight, bias)
+    out = cpu_linear(x.to(dtype), weight.to(dtype))
+    return out if bias is None else out + bias.to(dtype)
+
+
 def project(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``layer(x)``, by :func:`cpu_linear` where bf16 is multiplied on a CPU and nobody listens in on the layer.
+    """``layer(x)``, by :func:`linear` on a CPU where nobody listens in on the layer.
 
     Args:
         layer: K to N.
@@ -95,9 +115,4 @@ def project(layer: nn.Linear, x: Tensor) -> Tensor:
     """
     if x.device.type != "cpu" or not is_plain(layer, nn.Linear):
         return layer(x)
-    autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-    if dtype != torch.bfloat16 or (not autocast and layer.weight.dtype != dtype):
-        return layer(x)
-    out = cpu_linear(x.to(dtype), layer.weight.to(dtype))
-    return out if layer.bias is None else out + layer.bias.to(dtype)
+    return linear(x, layer.weight, layer.bias)

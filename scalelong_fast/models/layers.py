@@ -12,26 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from scalelong_fast.models.attention import Attention
 from scalelong_fast.models.cpu_linear import project
+from scalelong_fast.models.embedding import timestep_embedding as timestep_embedding
 from scalelong_fast.models.long_skip import LongSkip, Stream, is_plain, merge_long_skip
 from scalelong_fast.ops import add_layer_norm_gap, layer_norm_gap
 from scalelong_fast.ops.autocast import autocast_dtype
 from scalelong_fast.scaling.gates import global_average_pool
-
-
-def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding, cosines first.
-
-    Args:
-        timesteps: ``(B,)`` on the 0…999 scale, whole or fractional.
-        dim: width; an odd one gets a zero column.
-
-    Returns:
-        ``(B, dim)`` float32.
-    """
-    half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) * (-math.log(max_period) / half)
-    angles = timesteps[:, None].float() * exponent.exp()
-    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
 
 class PatchEmbed(nn.Module):

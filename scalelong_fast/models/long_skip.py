@@ -45,12 +45,8 @@ class Stream(NamedTuple):
         return self.x if self.branch is None else self.x + self.branch.to(self.x.dtype)
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` computes what ``kind`` computes and nobody listens in.
-
-    False for subclasses (adapters, parametrisations, quantised layers), for modules with hooks and under global hooks:
-    reading their weights directly would pass by what was added to them.
-    """
+def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``module`` is of exactly this class, with the forward of its class, and nobody listens in."""
     if type(module) is not kind or module_globals._has_any_global_hook():
         return False
     hooks = (
@@ -59,7 +55,16 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    if any(hooks) or "forward" in module.__dict__:
+    return not any(hooks) and "forward" not in module.__dict__
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``module`` computes what ``kind`` computes and nobody listens in.
+
+    False for subclasses (adapters, parametrisations, quantised layers), for modules with hooks and under global hooks:
+    reading their weights directly would pass by what was added to them.
+    """
+    if not is_untouched(module, kind):
         return False
     # Weight normalisation of the old kind keeps the class and takes the parameter away; quantisation may keep the
     # class and wrap the parameter.

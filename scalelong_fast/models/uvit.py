@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from scalelong_fast.errors import UserError, invalid
 from scalelong_fast.models.config import UViTConfig
+from scalelong_fast.models.embedding import timestep_embedding
 from scalelong_fast.models.hub import HubMixin
-from scalelong_fast.models.layers import Block, PatchEmbed, residual_norm, timestep_embedding, unpatchify
+from scalelong_fast.models.inputs import check_input
+from scalelong_fast.models.layers import Block, PatchEmbed, residual_norm, unpatchify
 from scalelong_fast.models.long_skip import LongSkip, Stream
 from scalelong_fast.ops.differentiable import under_functorch
 from scalelong_fast.scaling import LongSkipScaling, create_scaling
@@ -104,8 +105,8 @@ class UViT(
         Raises:
             UserError: a shape that does not fit, or a condition missing or unexpected.
         """
-        self._check_input(x, timesteps, y)
         config = self.config
+        check_input(config, self.input_shape, x, timesteps, y)
         tokens = [self.time_embed(timestep_embedding(timesteps, config.embed_dim).to(self.pos_embed.dtype))[:, None]]
         if config.clip_dim > 0:
             tokens.append(self.context_embed(y))
@@ -162,30 +163,3 @@ class UViT(
         if narrow and torch.get_autocast_dtype(device) == torch.bfloat16:
             return torch.bfloat16
         return h.dtype
-
-    def _check_input(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> None:
-        config = self.config
-        if x.dim() != 4 or tuple(x.shape[1:]) != self.input_shape:
-            raise invalid("x", tuple(x.shape), f"shape (B, {', '.join(map(str, self.input_shape))})")
-        if timesteps.shape != x.shape[:1]:
-            raise invalid("timesteps", tuple(timesteps.shape), f"one time for each of the {x.shape[0]} images")
-        conditional = config.num_classes > 0 or config.clip_dim > 0
-        if y is None:
-            if conditional:
-                kind = "text features" if config.clip_dim > 0 else "labels"
-                raise invalid("y", None, f"{kind}, since the model is conditional")
-            return
-        if not conditional:
-            raise UserError(f"y: got {tuple(y.shape)}, expected None, since the model is unconditional.")
-        if config.clip_dim > 0:
-            expected = (x.shape[0], config.num_clip_token, config.clip_dim)
-            if tuple(y.shape) != expected:
-                raise invalid("y", tuple(y.shape), f"text features of shape {expected}")
-            return
-        if y.shape != x.shape[:1] or y.dtype not in (torch.int64, torch.int32):
-            raise invalid("y", f"{y.dtype} {tuple(y.shape)}", f"int64 labels of shape ({x.shape[0]},)")
-        if y.device.type == "cpu" and not torch.compiler.is_compiling() and y.numel():
-            # On a GPU this look would stall the queue; there the embedding's own device assertion catches it.
-            low, high = int(y.min()), int(y.max())
-            if low < 0 or high >= config.num_classes:
-                raise invalid("y", low if low < 0 else high, f"labels in 0 … {config.num_classes - 1}")

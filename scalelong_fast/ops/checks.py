@@ -52,6 +52,38 @@ def check_tensor(
         )
 
 
+def check_one_memory_format(argument: str, value: Tensor, reference: str, like: Tensor) -> None:
+    """``value`` is not channels_last beside a contiguous ``like``, or the other way round.
+
+    Tensors whose strides fit both formats (one channel, one pixel) or none (slices) go with either.
+
+    Raises:
+        UserError: formats that are clear and differ; nothing is copied from one to the other in silence.
+    """
+    formats = _memory_format(value), _memory_format(like)
+    if None in formats or formats[0] == formats[1]:
+        return
+    theirs, ours = formats
+    attribute = "contiguous_format" if ours == "contiguous" else ours
+    raise invalid(
+        argument,
+        f"memory format {theirs}",
+        f"{ours}, the memory format of {reference}",
+        f"Convert one of them, best where it is made: {argument}.contiguous(memory_format=torch.{attribute}).",
+    )
+
+
+def _memory_format(value: Tensor) -> str | None:
+    """PyTorch's name for the format of (B, C, *spatial) where the strides fit one alone, else None."""
+    if not 4 <= value.dim() <= 5:
+        return None  # PyTorch knows no channels_last for one spatial dimension
+    last = torch.channels_last if value.dim() == 4 else torch.channels_last_3d
+    planes, pixels = value.is_contiguous(), value.is_contiguous(memory_format=last)
+    if planes == pixels:
+        return None
+    return "contiguous" if planes else str(last).removeprefix("torch.")
+
+
 def check_same_dtype(argument: str, value: Tensor, reference: str, dtype: torch.dtype) -> None:
     """``value`` has the dtype of the argument called ``reference``."""
     if value.dtype != dtype:

@@ -189,18 +189,26 @@ _MEMO_LIMIT = 4096
 def _signature(op: str, args: tuple, kwargs: dict[str, Any]) -> tuple:
     """All that the checks and the choice look at, hashable; fails for tensors of unusual kinds."""
     signature: list[Any] = [op, _forced, os.environ.get("SCALELONG_PLAN")]
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            if type(value) not in (Tensor, torch.nn.Parameter) or value.layout is not torch.strided:
-                raise TypeError("a tensor of an unusual kind")
-            signature += (value.shape, value.stride(), value.dtype, value.device)
-        else:
-            signature += (type(value), value)
+    _note(signature, (*args, *kwargs.values()))
     signature += kwargs
     kind = args[0].device.type
     if torch.is_autocast_enabled(kind):
         signature.append(torch.get_autocast_dtype(kind))
     return tuple(signature)
+
+
+def _note(signature: list[Any], values: tuple | list) -> None:
+    for value in values:
+        if isinstance(value, Tensor):
+            if type(value) not in (Tensor, torch.nn.Parameter) or value.layout is not torch.strided:
+                raise TypeError("a tensor of an unusual kind")
+            signature += (value.shape, value.stride(), value.dtype, value.device)
+        elif isinstance(value, (tuple, list)):
+            # Their tensors must not be kept: a memo is no place for features.
+            signature += (type(value), len(value))
+            _note(signature, value)
+        else:
+            signature += (type(value), value)
 
 
 def resolve(op: str, *args: Any, **kwargs: Any) -> tuple[Problem, str]:

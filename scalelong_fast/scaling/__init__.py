@@ -6,11 +6,13 @@ from scalelong_fast.scaling.factory import SCALINGS, create_scaling, list_scalin
 from scalelong_fast.scaling.free import FreeScaling
 from scalelong_fast.scaling.gates import CALIBRATIONS, SEGate, global_average_pool
 from scalelong_fast.scaling.learnable import IndividualLS, LearnableScaling, SharedLS
+from scalelong_fast.scaling.width_adapters import AdaptedGate, WidthAdapter
 
 __all__ = [
     "CALIBRATIONS",
     "CS",
     "SCALINGS",
+    "AdaptedGate",
     "FreeScaling",
     "IndividualLS",
     "LearnableScaling",
@@ -20,6 +22,7 @@ __all__ = [
     "SEGate",
     "SharedLS",
     "UniformScaling",
+    "WidthAdapter",
     "create_scaling",
     "global_average_pool",
     "list_scalings",

@@ -44,12 +44,13 @@ def create_scaling(
     reduction: int = 16,
     activation: str = "relu",
     init: str = "paper",
+    adapter_reduction: int = 4,
 ) -> LongSkipScaling:
     """Build the coefficients κ_1 … κ_N of a network's long skip connections.
 
     Args:
         name: ``none`` (κ_i = 1), ``uniform`` (κ_i = κ), ``cs`` (Eq. 8, κ^(i−1)), ``cs-reversed`` (κ^(N−i+1)), ``ls``
-            (Eq. 9–11, one gate for all skips), ``ls-individual`` (a gate per skip), ``learnable`` (free scalars).
+            (Eq. 9–13, one gate for all skips), ``ls-individual`` (a gate per skip), ``learnable`` (free scalars).
             An underscore is as good as a hyphen.
         num_skips: N.
         widths: channels (UNet) or tokens (U-ViT) of the skips: one number, or one per skip, outermost first.
@@ -57,6 +58,8 @@ def create_scaling(
             use for it and say so with a warning.
         calibration, reduction, activation, init: of the gates (see :class:`~scalelong_fast.scaling.SEGate`): ``se``; r;
             relu, elu or mish; ``paper`` or ``identity``. The others ignore them.
+        adapter_reduction: of ``ls`` where the skips differ in width: N / r_i of the encoders and decoders around its
+            gate (see :class:`~scalelong_fast.scaling.SharedLS`). The others ignore it.
 
     Raises:
         UserError: unknown name, κ ≤ 0, or a bad gate option.
@@ -68,5 +71,13 @@ def create_scaling(
         check_kappa(kappa)
         warnings.warn(f"kappa = {kappa:g} has no effect on scaling {key!r}.", stacklevel=2)
     if issubclass(cls, LearnableScaling):
-        return cls(num_skips, widths, calibration, reduction=reduction, activation=activation, init=init)
+        return cls(
+            num_skips,
+            widths,
+            calibration,
+            adapter_reduction=adapter_reduction,
+            reduction=reduction,
+            activation=activation,
+            init=init,
+        )
     return cls(num_skips, kappa) if has_kappa else cls(num_skips)

@@ -74,21 +74,30 @@ class SEGate(nn.Module):
             κ ``(B, N)`` in (0, 1), float32 (float64 for a float64 input) even under autocast: the product is tiny
             and a κ of 8 bits would cost accuracy for nothing.
         """
-        device = pooled.device.type
-        # The meta device knows no autocast.
-        exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-        with exact:
-            dtype = torch.promote_types(pooled.dtype, torch.float32)
-            hidden = _linear(pooled.to(dtype), self.down)
-            return torch.sigmoid(_linear(ACTIVATIONS[self.activation](hidden), self.up))
+        return torch.sigmoid(self.logits(pooled))
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        """What σ makes κ of; skips of different widths share the gate up to here (ScaleLong Eq. 12–13)."""
+        return two_linear(pooled, self.down, self.activation, self.up)
 
     def extra_repr(self) -> str:
         return f"width={self.width}, reduction={self.reduction}, activation={self.activation}, init={self.init}"
+
+
+def two_linear(x: Tensor, down: nn.Linear, activation: str, up: nn.Linear) -> Tensor:
+    """W_up ψ(W_down · x) with both biases, in float32 (float64 for a float64 x) whatever autocast says."""
+    device = x.device.type
+    # The meta device knows no autocast.
+    exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with exact:
+        hidden = _linear(x.to(torch.promote_types(x.dtype, torch.float32)), down)
+        return _linear(ACTIVATIONS[activation](hidden), up)
 
 
 def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
-#: Gates by name; another calibration module is one entry here.
+#: Gates by name; another calibration module is one entry here. One with a method ``logits``, the gate without its σ,
+#: has that used where skips of different widths share it; any other is called as it is.
 CALIBRATIONS: dict[str, type[nn.Module]] = {"se": SEGate}

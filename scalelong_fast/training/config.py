@@ -10,7 +10,12 @@ from typing import Any, Literal
 from scalelong_fast.data import list_datasets
 from scalelong_fast.diffusion import list_schedules, resolve_sampler
 from scalelong_fast.errors import UserError, check_range, invalid, unknown_name
-from scalelong_fast.models import UViTConfig
+from scalelong_fast.models import ModelConfig, UNetConfig, UViTConfig
+
+#: Networks by the name that ``config.json`` has for them, under ``architecture``. Runs that lack it are older than the
+#: second one.
+ARCHITECTURES: dict[str, type[ModelConfig]] = {"uvit": UViTConfig, "unet": UNetConfig}
+_OLDEST = "uvit"
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ class SampleConfig:
 class RunConfig:
     """One training run."""
 
-    model: UViTConfig = field(default_factory=UViTConfig)
+    model: ModelConfig = field(default_factory=UViTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -183,15 +188,16 @@ class RunConfig:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as JSON-ready nested dicts."""
-    plain = dataclasses.asdict(config)
+    """A config as JSON-ready nested dicts; that of a model also says of which ``architecture``."""
 
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items()}
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            architecture = next((name for name, cls in ARCHITECTURES.items() if type(value) is cls), None)
+            kind = {} if architecture is None else {"architecture": architecture}
+            return kind | {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
         return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
 
-    return clean(plain)
+    return plain(config)
 
 
 def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
@@ -203,7 +209,9 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
             raise UserError(f"{where}{name}: a field this version of scalelong_fast does not know.")
         hint = hints[name]
         options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-        if dataclasses.is_dataclass(hint):
+        if hint == ModelConfig:
+            value = _model_from_dict(value, f"{where}{name}.")
+        elif dataclasses.is_dataclass(hint):
             value = from_dict(hint, value, f"{where}{name}.")
         elif Path in options and value is not None:
             value = Path(value)
@@ -213,10 +221,23 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     return cls(**arguments)
 
 
+def _model_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
+    """The config of a model, of the class that its ``architecture`` names."""
+    values = dict(values)
+    architecture = values.pop("architecture", _OLDEST)
+    if architecture not in ARCHITECTURES:
+        raise unknown_name(f"{where}architecture", architecture, ARCHITECTURES)
+    return from_dict(ARCHITECTURES[architecture], values, where)
+
+
 def changed_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Fields in which two :func:`to_dict` outputs differ, as (dotted name, old, new)."""
+    """Fields in which two :func:`to_dict` outputs differ, as (dotted name, old, new).
+
+    Where two models are of different architectures, that is all that is said of them: their fields are others.
+    """
     changes: list[tuple[str, Any, Any]] = []
-    for key in dict.fromkeys([*old, *new]):
+    keys = dict.fromkeys([*old, *new])
+    for key in ["architecture"] if old.get("architecture") != new.get("architecture") else keys:
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             changes += changed_fields(a, b, f"{prefix}{key}.")

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from scalelong_fast.data import to_uint8
 from scalelong_fast.diffusion import create_schedule, image_seeds, resolve_sampler, sample_images
 from scalelong_fast.errors import check_range, invalid
-from scalelong_fast.models import UViT
 from scalelong_fast.training.config import RunConfig
 from scalelong_fast.training.hardware import autocast_dtype
 
@@ -39,7 +39,7 @@ def check_labels(labels: Sequence[int] | None, config: RunConfig) -> list[int] |
 
 
 def generate(
-    model: UViT,
+    model: nn.Module,
     config: RunConfig,
     *,
     labels: Sequence[int] | None = None,
@@ -54,7 +54,7 @@ def generate(
     """Draw images.
 
     Args:
-        model: the averaged model, on the device to sample on.
+        model: the averaged U-ViT or UNet, on the device to sample on.
         config: the run; its ``sample`` section holds the defaults of sampler, steps and guidance.
         labels: classes to draw; None: all (one group of images, labelled −1, for an unconditional model).
         num_per_label: images per class.
@@ -83,7 +83,7 @@ def generate(
     schedule = create_schedule(
         config.diffusion.schedule, beta_min=config.diffusion.beta_min, beta_max=config.diffusion.beta_max
     )
-    device = model.pos_embed.device
+    device = next(model.parameters()).device
     # On a GPU as in training; on a CPU float32, so that the last bits do not depend on the batch a sample was drawn in.
     dtype = autocast_dtype(config.train.precision, device) if device.type == "cuda" else None
     with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):

@@ -14,7 +14,7 @@ import torch
 from scalelong_fast.data import ImageDataset, load_images
 from scalelong_fast.diffusion import create_schedule
 from scalelong_fast.errors import UserError, invalid
-from scalelong_fast.models import UViT
+from scalelong_fast.models import UViT, build_model
 from scalelong_fast.training.checkpoint import CheckpointFolder
 from scalelong_fast.training.config import RunConfig, changed_fields, to_dict
 from scalelong_fast.training.figures import image_grid, save_loss_curve, save_png
@@ -58,6 +58,17 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def check_model(config: RunConfig) -> None:
+    """Raise unless the loss trains all that the model predicts."""
+    if getattr(config.model, "learn_sigma", False):
+        raise invalid(
+            "model.learn_sigma",
+            True,
+            "False in training, since the loss is of the predicted noise alone",
+            "Set --model.no-learn-sigma. Models with learned variances can be sampled from.",
+        )
 
 
 def check_data(dataset: ImageDataset, config: RunConfig) -> None:
@@ -127,6 +138,7 @@ class Trainer:
 
     def _run(self) -> int:
         config = self.config
+        check_model(config)
         dataset = load_images(config.data.name, path=config.data.path, img_size=config.model.img_size, progress=True)
         check_data(dataset, config)
         facts = {"preset": self.name, "data_fingerprint": dataset.fingerprint()}
@@ -135,7 +147,7 @@ class Trainer:
             config.diffusion.schedule, beta_min=config.diffusion.beta_min, beta_max=config.diffusion.beta_max
         ).to(execution.device)
         torch.manual_seed(config.train.seed)
-        self.model = UViT(config.model).to(execution.device)
+        self.model = build_model(config.model).to(execution.device)
         self.ema_model = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.train_step = TrainStep(self.model, schedule, config, execution)
         self.window = LossWindow(execution.device)
@@ -150,8 +162,9 @@ class Trainer:
         for note in execution.notes:
             self.say(note)
         parameters = sum(p.numel() for p in self.model.parameters())
+        kind = "U-ViT" if isinstance(self.model, UViT) else "UNet"
         self.say(
-            f"{self.name}: U-ViT of {parameters / 1e6:.2f}M parameters, {config.model.num_skips} long skips scaled by "
+            f"{self.name}: {kind} of {parameters / 1e6:.2f}M parameters, {config.model.num_skips} long skips scaled by "
             f"{config.model.scaling!r}, {len(dataset)} images ({dataset.name}), {execution.describe()}, in "
             f"{self.folder.path}"
         )

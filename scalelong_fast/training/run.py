@@ -1,6 +1,7 @@
 """The run folder: what lies where, and how to get the trained model back out of it."""
 
 import contextlib
+import dataclasses
 import fcntl
 import io
 import json
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from scalelong_fast.errors import UserError, invalid
-from scalelong_fast.models import UViT
+from scalelong_fast.models import MODELS, UNet, UViT
 from scalelong_fast.training.checkpoint import write_json
 from scalelong_fast.training.config import RunConfig, from_dict, to_dict
 
@@ -103,7 +104,7 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError) as error:  # JSON and Unicode errors are ValueErrors
             raise UserError(f"RUN: {self.config_file} cannot be read ({type(error).__name__}: {error}).") from error
 
-    def save_ema(self, model: UViT) -> None:
+    def save_ema(self, model: UViT | UNet) -> None:
         """Write the averaged model; each file is replaced atomically."""
         staging = self.path / ".ema.tmp"
         try:
@@ -117,7 +118,7 @@ class RunFolder:
             os.replace(file, self.ema / file.name)
         staging.rmdir()
 
-    def load_ema(self, device: torch.device | str = "cpu") -> UViT:
+    def load_ema(self, device: torch.device | str = "cpu") -> UViT | UNet:
         """The averaged model, in eval mode.
 
         Raises:
@@ -127,7 +128,7 @@ class RunFolder:
             raise UserError(f"RUN: {self.path} has no trained model yet (no {self.ema}). Let it reach a checkpoint.")
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints where it loads from
-                model = UViT.from_pretrained(str(self.ema), strict=True)
+                model = self._ema_class().from_pretrained(str(self.ema), strict=True)
             return model.to(device).eval()
         except UserError:
             raise
@@ -137,3 +138,11 @@ class RunFolder:
                 f"RUN: the model in {self.ema} cannot be read ({type(error).__name__}: {reason}). Run the training "
                 "command again: it writes the folder anew from the last checkpoint."
             ) from error
+
+    def _ema_class(self) -> type[UViT] | type[UNet]:
+        """The class of the averaged model: the one whose config has all the fields that are stored beside it."""
+        stored = set(json.loads((self.ema / "config.json").read_text()))
+        for config, model in MODELS.items():
+            if stored <= {field.name for field in dataclasses.fields(config)}:
+                return model
+        return UViT  # whose from_pretrained then says what is wrong

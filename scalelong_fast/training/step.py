@@ -1,6 +1,8 @@
 """One optimiser step: draw, forward, backward, AdamW, EMA. No host-device synchronisation inside."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +22,33 @@ _COMPILE_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.Fai
 
 #: Data sets up to this size live on the device.
 DEVICE_RESIDENT_BYTES = 4 << 30
+
+#: Which of a step's streams of random numbers dropout draws from; the batch has the one without a number.
+_DROPOUT = 1
+
+
+def step_seed(seed: int, step: int, *stream: int) -> int:
+    """The seed of a step's random numbers: a function of the run's seed, the step and the stream, in [0, 2^63)."""
+    word = np.random.SeedSequence([seed, step], spawn_key=stream).generate_state(1, np.uint64)[0]
+    return int(word >> np.uint64(1))
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed PyTorch's global generator of ``device`` inside, and leave it as it was.
+
+    Dropout draws from that one: it takes no generator. Its state lives on the host, so that nothing waits.
+    """
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    else:
+        generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(before)
 
 
 @dataclass
@@ -48,8 +77,7 @@ class BatchSource:
     def __call__(self, step: int) -> Draw:
         """The batch of the step that follows ``step`` finished ones."""
         config = self.config
-        seed = np.random.SeedSequence([config.train.seed, step]).generate_state(1, np.uint64)[0]
-        self.generator.manual_seed(int(seed >> np.uint64(1)))
+        self.generator.manual_seed(step_seed(config.train.seed, step))
         indices = self.order.batch_indices(step)
         if self.resident:
             indices = self._upload(indices)
@@ -113,7 +141,7 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         try:
-            loss = self._loss_and_gradients(draw)
+            loss = self._loss_and_gradients(step, draw)
         except _COMPILE_ERRORS as error:
             # A compiler may be found and yet not work: no Python headers, no space for its cache.
             if not self.compiled:
@@ -122,7 +150,7 @@ class TrainStep:
             warnings.warn(f"torch.compile failed, going on eagerly: {reason}", stacklevel=2)
             self.compiled, self.loss_fn = False, self._eager_loss_fn
             self.optimizer.zero_grad(set_to_none=True)
-            loss = self._loss_and_gradients(draw)
+            loss = self._loss_and_gradients(step, draw)
         if self.config.train.grad_clip > 0:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.config.train.grad_clip)
@@ -132,10 +160,17 @@ class TrainStep:
         self.ema.update()
         return loss.detach()
 
-    def _loss_and_gradients(self, draw: Draw) -> Tensor:
-        loss = self.loss_fn(draw.x0, draw.noise, draw.u, draw.labels)
-        self.scaler.scale(loss).backward()
+    def _loss_and_gradients(self, step: int, draw: Draw) -> Tensor:
+        with self._dropout_seeded(step):
+            loss = self.loss_fn(draw.x0, draw.noise, draw.u, draw.labels)
+            self.scaler.scale(loss).backward()
         return loss
+
+    def _dropout_seeded(self, step: int) -> AbstractContextManager[None]:
+        """Make the dropout inside the model a function of (seed, step), as everything random is."""
+        if getattr(self.config.model, "dropout", 0.0) == 0:
+            return nullcontext()
+        return seeded(self.execution.device, step_seed(self.config.train.seed, step, _DROPOUT))
 
     def state_dict(self) -> dict:
         """Model, EMA, optimiser and scaler: all that the next step depends on."""

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.floors import Limits, Product, passes, total_bytes, total_flop
-from benchmarks.op_cases import OPS, Case
+from benchmarks.op_cases import ONE_IMAGE_OPS, OPS, UNET_OPS, Case
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ROWS = (128, 257, 512)
@@ -51,9 +51,40 @@ def test_bytes_of_images(layout):
     assert total_bytes(case, "bwd") == 3 * 2 * pixels * 128 + 8 * 128 * 128
 
 
-@pytest.mark.parametrize("op", ["se_gate", "scale_concat_linear", "ls_skip_linear"])
+#: Bytes per pixel in bf16 as multiples of (C, C2, C_out), C the channels of the concat and C2 those of the skip;
+#: forward and backward, of (op, pooled, raw).
+BY_HAND_OF_UNET = {
+    ("scale_concat_group_norm", False, False): ((6, 0, 0), (10, 0, 0)),  # x, s; x, s → y; dy, x, s; dy, x, s → dx, ds
+    ("scale_concat_group_norm", True, False): ((6, -2, 0), (10, 0, 0)),  # of s nothing but its statistics
+    ("scale_concat_group_norm", True, True): ((8, -2, 0), (12, 2, 0)),  # → concat too; its gradient, of s twice
+    ("scale_concat_conv1x1", False, False): ((2, 0, 2), (4, 2, 4)),  # x, s → y; dy, s → dx, ds; dy, x, s
+}
+
+
+@pytest.mark.parametrize("layout", ["planes", "pixels"])
+@pytest.mark.parametrize(("op", "pooled", "raw"), BY_HAND_OF_UNET)
+def test_bytes_of_a_decoder_block(op, pooled, raw, layout):
+    batch, channels_x, channels_skip = 64, 320, 160
+    case = Case(op, (batch, channels_x, channels_skip, 64, 64), BF16, layout, pooled=pooled, raw=raw)
+    for direction, (of_all, of_skip, of_out) in zip(("fwd", "bwd"), BY_HAND_OF_UNET[op, pooled, raw], strict=True):
+        pixel = of_all * (channels_x + channels_skip) + of_skip * channels_skip + of_out * channels_x
+        # What is left over: weights, κ's, statistics.
+        assert pixel <= total_bytes(case, direction) / (batch * 64 * 64) < 1.01 * pixel
+
+
+def test_bytes_of_one_image():
+    shape, elements = (64, 160, 64, 64), 64 * 160 * 64 * 64
+    norm, stats = Case("group_norm_gap", shape, BF16, "pixels"), Case("channel_stats", shape, BF16, "pixels")
+    assert total_bytes(norm, "fwd") / elements == pytest.approx(6, abs=0.01)  # x; x → y
+    assert total_bytes(norm, "bwd") / elements == pytest.approx(10, abs=0.01)  # dy, x; dy, x → dx
+    assert total_bytes(stats, "fwd") / elements == pytest.approx(2, abs=0.01)
+    assert total_bytes(stats, "bwd") == 64 * 160 * (4 + 2), "an expanded tensor fills no memory"
+
+
+@pytest.mark.parametrize("op", ["se_gate", "scale_concat_linear", "ls_skip_linear", "scale_concat_conv1x1"])
 def test_flop_are_those_that_pytorch_counts(op):
-    case = Case(op, (3, 37) if op == "se_gate" else (3, 37, 20), FP32)
+    shape = {"se_gate": (3, 37), "scale_concat_conv1x1": (3, 20, 12, 5, 7)}.get(op, (3, 37, 20))
+    case = Case(op, shape, FP32, "planes" if op == "scale_concat_conv1x1" else "rows")
     example = case.example(torch.device("cpu"))
     with FlopCounterMode(display=False) as forward:
         outputs = case.reference()(*example.args, **example.kwargs)
@@ -66,7 +97,10 @@ def test_flop_are_those_that_pytorch_counts(op):
 
 def test_every_op_has_a_model():
     for op in OPS:
-        case = Case(op, (4, 33) if op == "se_gate" else (4, 33, 16), FP32)
+        shape = (4, 33) if op == "se_gate" else (4, 33, 16)
+        if op in UNET_OPS:
+            shape = (4, 16, 3, 5) if op in ONE_IMAGE_OPS else (4, 16, 8, 3, 5)
+        case = Case(op, shape, FP32, "pixels" if op in UNET_OPS else "rows")
         for direction in ("fwd", "bwd"):
             assert all(step.bytes > 0 for step in passes(case, direction))
 

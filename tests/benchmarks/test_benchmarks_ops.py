@@ -1,5 +1,6 @@
 """``python -m benchmarks ops`` on tiny cases."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -12,7 +13,7 @@ import torch
 
 from benchmarks import environment, floors, op_timing, op_variants, ops, report
 from benchmarks.__main__ import main
-from benchmarks.op_cases import GPU_IMAGES, GPU_ROWS, OPS, Case, cases
+from benchmarks.op_cases import GPU_IMAGES, GPU_ROWS, GPU_UNET_IMAGES, OPS, Case, cases
 from benchmarks.op_timing import Accuracy, Error, WrongResultError, check_accuracy
 from benchmarks.op_variants import no_interpreter, variants
 from scalelong_fast.ops import list_plans
@@ -20,7 +21,7 @@ from scalelong_fast.ops.problem import interpreting
 
 CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
-ROWS, IMAGES = (2, 19, 16), (2, 8, 12, 3, 5)
+ROWS, IMAGES, IMAGE = (2, 19, 16), (2, 8, 12, 3, 5), (2, 12, 3, 5)
 
 TINY = [
     Case("ls_skip_linear", ROWS, FP32),
@@ -32,6 +33,10 @@ TINY = [
     Case("scale_concat_linear", ROWS, FP32),
     Case("scale_concat", ROWS, FP32),
     Case("scale_concat", IMAGES, BF16, "planes"),
+    Case("scale_concat_group_norm", IMAGES, BF16, "pixels", pooled=True, raw=True),
+    Case("scale_concat_conv1x1", IMAGES, BF16, "pixels"),
+    Case("group_norm_gap", IMAGE, BF16, "pixels"),
+    Case("channel_stats", IMAGE, FP32, "planes"),
     Case("layer_norm_gap", ROWS, FP32),
     Case("se_gate", ROWS[:2], FP32),
 ]
@@ -212,6 +217,58 @@ def test_a_call_does_not_find_its_own_arguments_in_the_cache():
     assert all((t != 0).any() for example in pixels for t in example.tensors())
 
 
+@pytest.mark.parametrize("direction", floors.DIRECTIONS)
+def test_eager_is_timed_on_contiguous_images_and_the_others_on_the_cases_own(direction):
+    case = Case("scale_concat_group_norm", (2, 8, 12, 4, 4), FP32, "pixels", pooled=True, raw=True)
+    with no_interpreter():
+        found = {variant.name: variant for variant in variants(case, CPU)}
+        example = case.example(CPU)
+        seen = {}
+
+        def watched(variant):
+            def function(*args, **kwargs):
+                seen[variant.name] = args[0], variant.function(*args, **kwargs)
+                return seen[variant.name][1]
+
+            return dataclasses.replace(variant, function=function)
+
+        for name in ("eager", "dispatch"):
+            (call,) = op_timing.make_calls(case, watched(found[name]), [example], direction)
+            call()
+    for name, last in (("eager", False), ("dispatch", True)):
+        x, outputs = seen[name]
+        assert x.requires_grad
+        assert x.is_contiguous(memory_format=torch.channels_last) is last
+        gradients = case.cotangents(outputs)
+        assert all(g.is_contiguous(memory_format=torch.channels_last) is last for g in gradients)
+    torch.testing.assert_close(seen["eager"][1], seen["dispatch"][1])
+
+
+def test_a_baseline_is_what_a_user_writes_and_not_the_definition():
+    """The definitions compute in float32 from end to end: as baselines they would flatter what is compared to them."""
+    case = Case("scale_concat_group_norm", IMAGES, BF16, "pixels")
+    assert case.baseline() is not case.reference()
+    with no_interpreter():
+        eager, compiled = variants(case, CPU)[:2]
+    assert eager.function is case.baseline()
+    assert eager.sources == compiled.sources == ("benchmarks/unet_baselines.py",)
+    linear = Case("scale_concat_linear", ROWS, FP32)
+    assert linear.baseline() is linear.reference()
+
+
+def test_a_baseline_may_lack_an_output_but_none_of_ours_may():
+    case = Case("group_norm_gap", IMAGE, FP32, "pixels")
+    example = case.example(CPU)
+    definition = op_variants.Variant("definition", case.reference())
+    cotangents = case.cotangents(definition(case, example))
+    exact = op_timing.exact_results(case, example, cotangents)
+    baseline = op_variants.Variant("eager", case.baseline(), planes=True)
+    assert len(op_timing.accuracy(case, baseline, example, cotangents, exact).forward) == 2
+    ours = op_variants.Variant("eager", case.baseline(), plan="eager")
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        op_timing.accuracy(case, ours, example, cotangents, exact)
+
+
 def test_sources_follow_the_imports():
     files = op_variants.op_files("ls_skip_linear")
     assert {"scalelong_fast/ops/ls_skip_linear.py", "scalelong_fast/ops/se_gate.py", "kernels/se.py"} <= set(files)
@@ -229,6 +286,8 @@ def test_the_gpu_is_given_the_published_shapes():
     assert GPU_ROWS == ((128, 257, 512), (128, 258, 768), (128, 258, 1024), (256, 334, 512))
     assert Case("scale_concat", GPU_IMAGES[0], BF16, "pixels") in gpu
     assert {case.op for case in gpu} == {case.op for case in cases(CPU)} == set(OPS)
+    assert Case("scale_concat_group_norm", GPU_UNET_IMAGES[-1], BF16, "planes", pooled=True, raw=True) in gpu
+    assert Case("channel_stats", (64, 160, 64, 64), BF16, "pixels") in gpu
     assert max(math.prod(case.shape) for case in cases(torch.device("cuda"), reduced=True)) < 1e8
     assert len({case.key for case in gpu}) == len(gpu)
 

@@ -32,6 +32,20 @@ def test_the_calls_run_in_the_interpreter():
     assert all(line.endswith(": ran") for line in lines)
 
 
+def test_the_ops_of_a_unet_run_in_the_interpreter():
+    ops = ["scale_concat_group_norm", "channel_stats"]
+    lines = sanitize.run_calls("racecheck", torch.device("cpu"), ops)
+    assert len(lines) >= 2 * len(ops)
+    assert all(line.endswith(": ran") for line in lines)
+
+
+@pytest.mark.parametrize("tool", sanitize.TOOLS)
+def test_a_group_straddles_the_border_of_x_and_skip(tool):
+    cases = sanitize.sanitizer_cases("scale_concat_group_norm", tool)
+    (groups,) = {case.example(torch.device("cpu")).args[3] for case in cases}
+    assert 24 % (44 // groups) != 0, "a group holds channels of x and of the skip"
+
+
 def test_a_plan_that_cannot_run_is_named():
     lines = sanitize.run_calls("memcheck", torch.device("cpu"), ["ls_scale_concat"])
     assert any("cooperative: did not run: " in line for line in lines)

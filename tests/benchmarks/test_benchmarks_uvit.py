@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import environment, report, uvit
+from benchmarks import environment, model_steps, report, uvit
 from benchmarks.__main__ import main
 from benchmarks.screen import Screen
 from scalelong_fast.models import UViT, UViTConfig
@@ -20,7 +20,7 @@ OURS = ("none_cat", "ls_cat", "none_fused", "ls_fused")
 @pytest.fixture(autouse=True)
 def quick_ceilings(monkeypatch):
     measured = environment.ceilings
-    monkeypatch.setattr(uvit.environment, "ceilings", lambda device: measured(device, seconds=0.005))
+    monkeypatch.setattr(environment, "ceilings", lambda device: measured(device, seconds=0.005))
 
 
 def run(out, models, *args, **kwargs):
@@ -39,7 +39,7 @@ def test_the_file_has_every_recipe_and_report_takes_it(tmp_path, capsys):
     for record in records:
         assert record["direction"] == "step"
         assert record["shape"] == [2, 3, 8, 8]
-        assert record["rel_error"] < uvit.TOLERANCE
+        assert record["rel_error"] < model_steps.TOLERANCE
         assert record["p20_us"] <= record["median_us"] <= record["p80_us"]
         assert record["source_sha256"] == environment.source_hash(record["sources"])
         assert 0 < record["mfu"] < 1

@@ -112,6 +112,8 @@ class TestModels:
             assert text in rows["uvit_s2"]
         for text in ("1×8×8", "11 labels", " 2 ", " 18 "):
             assert text in rows["uvit_digits"]
+        for text in ("3×32×32", "35.8M", " 12 ", " – ", "none"):
+            assert text in rows["unet_cifar10"]
 
     def test_a_pattern_selects(self, cli):
         result = cli("models", "uvit_t2i*")

@@ -111,11 +111,6 @@ def test_individual_gates_may_have_widths_of_their_own():
         assert scaling(torch.randn(2, width, 3, 3), i).shape == (2, width, 3, 3)
 
 
-def test_shared_gate_refuses_unequal_widths_and_names_the_way_out():
-    with pytest.raises(UserError, match=r"widths: got \[4, 8\].*ls-individual"):
-        create_scaling("ls", num_skips=2, widths=[4, 8])
-
-
 @pytest.mark.parametrize("name", ["ls", "ls-individual"])
 def test_bad_widths_and_skips_are_refused(name):
     with pytest.raises(UserError, match=r"widths: got \[4, 4\], expected one width for each of the 3 skips"):

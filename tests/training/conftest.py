@@ -12,17 +12,24 @@ from rich.console import Console
 
 from scalelong_fast.data import ImageDataset
 from scalelong_fast.diffusion import create_schedule
-from scalelong_fast.models import UViT
+from scalelong_fast.models import build_model
 from scalelong_fast.training import Trainer, get_preset
 from scalelong_fast.training.checkpoint import CheckpointFolder
 from scalelong_fast.training.hardware import resolve_execution
 from scalelong_fast.training.metrics import read_metrics
 from scalelong_fast.training.step import TrainStep
 
+#: Each preset's model at toy size.
+TINY_MODEL = {
+    "digits-uvit": {"model.embed_dim": 16, "model.depth": 2, "model.num_heads": 2},
+    "digits-unet": {
+        "model.model_channels": 8,
+        "model.num_res_blocks": 1,
+        "model.num_groups": 4,
+        "model.num_heads": 2,
+    },
+}
 TINY = {
-    "model.embed_dim": 16,
-    "model.depth": 2,
-    "model.num_heads": 2,
     "train.steps": 10,
     "train.batch_size": 8,
     "train.warmup_steps": 3,
@@ -47,11 +54,11 @@ def _seed():
 
 @pytest.fixture(scope="session")
 def tiny():
-    """``tiny({"train.steps": 4})``: the digits preset at toy size, with dotted overrides."""
+    """``tiny({"train.steps": 4})``: the digits preset (of the U-ViT) at toy size, with dotted overrides."""
 
     def build(overrides=None, preset="digits-uvit"):
         sections = {}
-        for name, value in {**TINY, **(overrides or {})}.items():
+        for name, value in {**TINY_MODEL[preset], **TINY, **(overrides or {})}.items():
             section, field = name.split(".")
             sections.setdefault(section, {})[field] = value
         config = get_preset(preset)
@@ -59,6 +66,12 @@ def tiny():
         return dataclasses.replace(config, **replaced)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def unet(tiny):
+    """``unet({"model.dropout": 0.1})``: a toy run of a UNet."""
+    return lambda overrides=None: tiny(overrides, preset="digits-unet")
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +150,7 @@ def make_step():
 
     def build(config, execution=None):
         torch.manual_seed(config.train.seed)
-        model = UViT(config.model)
+        model = build_model(config.model)
         return TrainStep(
             model, create_schedule(config.diffusion.schedule), config, execution or resolve_execution(config.train)
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scalelong_fast.errors import UserError
-from scalelong_fast.models import UViTConfig
+from scalelong_fast.models import UNetConfig, UViTConfig
 from scalelong_fast.training import (
     DataConfig,
     DiffusionConfig,
@@ -37,6 +37,24 @@ OUT_OF_RANGE = {
         "num_classes": [-2, 10.0],
         "clip_dim": [-1, 1.0],
         "num_clip_token": [0, 1.0],
+        "kappa": [0, 0.0, -0.7, NAN, INF],
+        "reduction": [0, -4, 4.0],
+    },
+    UNetConfig: {
+        "img_size": [0, -8, 8.0, True, 33],
+        "in_chans": [0, 1.5],
+        "model_channels": [0, -128, 128.0],
+        "channel_mult": [(), (0, 1), (1, -2), (1, 2.0), (1, True)],
+        "num_res_blocks": [0, -1, 2.0],
+        "attention_resolutions": [(0,), (-8,), (12,), (16, 15), (64,)],
+        "num_heads": [0, -1, 2.0, 3],
+        "num_head_channels": [0, -8, 8.0, 100],
+        "num_groups": [0, -1, 8.0, 48],
+        "dropout": [-0.1, 1.0, 1.5, NAN],
+        "num_classes": [-2, 10.0],
+        "clip_dim": [-1, 1.0],
+        "num_clip_token": [0, 1.0],
+        "transformer_depth": [0, 1.0],
         "kappa": [0, 0.0, -0.7, NAN, INF],
         "reduction": [0, -4, 4.0],
     },
@@ -79,7 +97,7 @@ def test_a_number_out_of_range_is_refused_by_name(cls, field, value):
         cls(**{field: value})
 
 
-@pytest.mark.parametrize("cls", [UViTConfig, DataConfig, DiffusionConfig, TrainConfig, SampleConfig])
+@pytest.mark.parametrize("cls", [UViTConfig, UNetConfig, DataConfig, DiffusionConfig, TrainConfig, SampleConfig])
 def test_no_numeric_field_is_forgotten_above(cls):
     numeric = set()
     for name, hint in typing.get_type_hints(cls).items():
@@ -94,6 +112,13 @@ def test_no_numeric_field_is_forgotten_above(cls):
     [
         (UViTConfig, "patch_size", 3, "img_size: got 32, expected a multiple of patch_size = 3"),
         (UViTConfig, "num_heads", 7, "embed_dim: got 512, expected a multiple of num_heads = 7"),
+        (UNetConfig, "model_channels", 100, "num_groups: got 32, expected a divisor of the channels of every level"),
+        (
+            UNetConfig,
+            "img_size",
+            36,
+            "img_size: got 36, expected a multiple of 8, since 4 levels halve the image",
+        ),
         (TrainConfig, "betas", (0.9,), "train.betas: got"),
     ],
 )
@@ -113,6 +138,8 @@ def test_a_decay_must_end_after_the_warmup():
     ("cls", "field", "value", "suggestion"),
     [
         (UViTConfig, "scaling", "lss", "ls"),
+        (UNetConfig, "scaling", "lss", "ls"),
+        (UNetConfig, "attention", "xformer", "xformers"),
         (UViTConfig, "attention", "xformer", "xformers"),
         (UViTConfig, "residual_dtype", "bf61", "bf16"),
         (DataConfig, "name", "cifar", "cifar10"),

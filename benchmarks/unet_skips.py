@@ -1,0 +1,73 @@
+"""Where a UNet's long skips meet its decoder: shapes of the concats, and how GroupNorm's groups lie in them."""
+
+from dataclasses import dataclass
+
+from scalelong_fast.models.registry import model_config
+from scalelong_fast.models.unet_config import UNetConfig
+
+#: Presets that the benchmarks take, with the images of a training step on one GPU.
+UNET_BATCH = {"unet_imagenet64": 64, "unet_cifar10": 128}
+
+
+def unet_config(preset: str) -> UNetConfig:
+    """The configuration of one of the presets."""
+    config = model_config(preset)
+    assert isinstance(config, UNetConfig)
+    return config
+
+
+@dataclass(frozen=True)
+class DecoderSkip:
+    """One concat cat[x, κ_i ⊙ skip_i] of a UNet's decoder.
+
+    Attributes:
+        i: index of the skip, 1 (outermost) … N (innermost).
+        side: height and width of the features in pixels.
+        channels_x, channels_skip: of the decoder's feature and of the skip.
+        channels_out: of the decoder block that takes the concat.
+    """
+
+    i: int
+    side: int
+    channels_x: int
+    channels_skip: int
+    channels_out: int
+
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """(B, C_x, C_skip, H, W)."""
+        return batch, self.channels_x, self.channels_skip, self.side, self.side
+
+
+def decoder_skips(config: UNetConfig) -> tuple[DecoderSkip, ...]:
+    """The decoder's concats in the order in which they are made: innermost first, i = N … 1."""
+    waiting = list(config.skip_channels)
+    found, width = [], config.level_channels[-1]
+    for level in reversed(range(len(config.channel_mult))):
+        for _ in range(config.num_res_blocks + 1):
+            i, out = len(waiting), config.level_channels[level]
+            found.append(DecoderSkip(i, config.img_size >> level, width, waiting.pop(), out))
+            width = out
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class GroupSplit:
+    """Groups of a GroupNorm over cat[x, κ ⊙ skip], by the channels they are made of.
+
+    Attributes:
+        of_x: groups without a channel of the skip.
+        straddling: groups with channels of both.
+        of_skip: groups of skip channels alone, which do not see a constant κ.
+    """
+
+    of_x: int
+    straddling: int
+    of_skip: int
+
+
+def group_split(num_groups: int, channels_x: int, channels_skip: int) -> GroupSplit:
+    """How the groups of cat[x, κ ⊙ skip] lie; ``num_groups`` divides the channels of the concat."""
+    size = (channels_x + channels_skip) // num_groups
+    of_x, rest = divmod(channels_x, size)
+    straddling = int(rest > 0 and channels_skip > 0)
+    return GroupSplit(of_x, straddling, num_groups - of_x - straddling)

@@ -1,0 +1,126 @@
+"""Residual blocks and resizing of the UNet; parameter names are those of the openai UNets."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scalelong_fast.models.unet_norm import ScaledSkip, Stats, merge_long_skip, normalise
+
+
+def conv3x3(channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """A 3×3 convolution that keeps the image's size (or halves it)."""
+    return nn.Conv2d(channels, out_channels, 3, stride=stride, padding=1)
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """``module`` with all parameters zero, so that its branch starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def halve(x: Tensor) -> Tensor:
+    """``(B, C, H, W)`` to ``(B, C, H/2, W/2)`` by averaging."""
+    return F.avg_pool2d(x, 2)
+
+
+def double(x: Tensor) -> Tensor:
+    """``(B, C, H, W)`` to ``(B, C, 2H, 2W)`` by repetition."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+class Downsample(nn.Module):
+    """Strided convolution, ``(B, C, H, W) → (B, C, H/2, W/2)``."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = conv3x3(channels, channels, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Repetition and a convolution, ``(B, C, H, W) → (B, C, 2H, 2W)``."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = conv3x3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(double(x))
+
+
+class ResBlock(nn.Module):
+    """Two convolutions, each after GroupNorm and SiLU, with the time embedding between them, beside a shortcut.
+
+    Args:
+        channels, out_channels: C and C_out.
+        emb_channels: width E of the time embedding.
+        num_groups: of the GroupNorms.
+        dropout: rate before the second convolution.
+        scale_shift: the embedding scales and shifts the second norm instead of being added before it.
+        resize: ``down`` or ``up`` halves or doubles the image before the first convolution and in the shortcut.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        emb_channels: int,
+        num_groups: int = 32,
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+        resize: Literal["down", "up"] | None = None,
+    ):
+        super().__init__()
+        self.scale_shift, self.resize = scale_shift, resize
+        self.in_layers = nn.Sequential(nn.GroupNorm(num_groups, channels), nn.SiLU(), conv3x3(channels, out_channels))
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
+        )
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(num_groups, out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero(conv3x3(out_channels, out_channels)),
+        )
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(
+        self, x: Tensor, emb: Tensor, skip: ScaledSkip | None = None, fused: bool = False
+    ) -> Tensor | tuple[Tensor, Stats | None]:
+        """Plain or fused.
+
+        Args:
+            x: ``(B, C, H, W)``; of a decoder block on the plain path the concat with its long skip, on the fused path
+                the decoder's half of it.
+            emb: time embedding ``(B, E)``.
+            skip: decoder blocks on the fused path only: the other half.
+            fused: norms by fused ops.
+
+        Returns:
+            ``(B, C_out, H, W)``, H and W halved or doubled by a block that resizes; on the fused path with the
+            statistics of x (None where no fused op read it, or beside a ``skip``).
+        """
+        norm, activation, convolution = self.in_layers
+        stats = None
+        if skip is None:
+            h, stats = normalise(x, norm, activation, fused=fused)
+            if self.resize is not None:
+                resize = halve if self.resize == "down" else double
+                h, x = resize(h), resize(x)
+            shortcut = self.skip_connection(x)
+        else:
+            h, shortcut = merge_long_skip(x, skip, norm, activation, self.skip_connection)
+        out = shortcut + self._second_half(convolution(h), self.emb_layers(emb), fused)
+        return (out, stats) if fused else out
+
+    def _second_half(self, h: Tensor, emb: Tensor, fused: bool) -> Tensor:
+        norm, activation, dropout, convolution = self.out_layers
+        if self.scale_shift:
+            h, _ = normalise(h, norm, activation, emb, fused)
+        else:
+            h, _ = normalise(h + emb.to(h.dtype)[:, :, None, None], norm, activation, fused=fused)
+        return convolution(dropout(h))
