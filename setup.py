@@ -48,6 +48,7 @@ setup(
         "dev": [
             *TRAIN,
             "hypothesis>=6.100",
+            "peft>=0.13",
             "pytest>=8.0",
             "pytest-benchmark>=4.0",
             "pytest-timeout>=2.3",
