@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.code import running_code
 from benchmarks.timing import stopwatch, synchronize
 from scalelong_fast.version import __version__
 
@@ -99,7 +100,10 @@ def fastest(call: Callable[[], object], device: torch.device, seconds: float) ->
 
 
 def source_hash(sources: Sequence[str], root: Path = ROOT) -> str | None:
-    """First 12 hex digits of the SHA-256 over the files' bytes, one after the other; None if one is missing.
+    """First 12 hex digits of the SHA-256 over the files, one after the other; None if one is missing.
+
+    Of a Python file the code counts alone (:func:`~benchmarks.code.running_code`): a comment makes no measurement
+    stale.
 
     Args:
         sources: paths relative to ``root``.
@@ -110,5 +114,6 @@ def source_hash(sources: Sequence[str], root: Path = ROOT) -> str | None:
         path = root / source
         if not path.is_file():
             return None
-        digest.update(path.read_bytes())
+        content = path.read_bytes()
+        digest.update(running_code(content.decode()).encode() if path.suffix == ".py" else content)
     return digest.hexdigest()[:12]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import environment
+from benchmarks.code import running_code
 from benchmarks.timing import Summary, interleave, round_speed_up, speed_up, summarize
 
 CPU = torch.device("cpu")
@@ -97,3 +98,18 @@ def test_source_hash_is_that_of_the_bytes_in_order(tmp_path):
     assert environment.source_hash(["a", "b"], tmp_path) == hashlib.sha256(b"onetwo").hexdigest()[:12]
     assert environment.source_hash(["b", "a"], tmp_path) == hashlib.sha256(b"twoone").hexdigest()[:12]
     assert environment.source_hash(["a", "missing"], tmp_path) is None
+
+
+def test_a_comment_changes_no_hash_of_a_python_file_but_its_code_does(tmp_path):
+    source = tmp_path / "a.py"
+    source.write_text('"""Doc."""\n\n\ndef f(x):\n    # why\n    return x + 1  # more\n')
+    first = environment.source_hash(["a.py"], tmp_path)
+    source.write_text('def f(x):\n    """Other.\n\n    Doc.\n    """\n    return x + 1\n')
+    assert environment.source_hash(["a.py"], tmp_path) == first
+    source.write_text("def f(x):\n    return x + 2\n")
+    assert environment.source_hash(["a.py"], tmp_path) != first
+
+
+def test_running_code_keeps_what_strings_hold():
+    text = 'x = """é # no comment\n\n  two  \n"""  # a comment\ny = f"{x!r:>{3}} # kept"\n'
+    assert running_code(text) == 'x = """é # no comment\n\n  two  \n"""\ny = f"{x!r:>{3}} # kept"\n'
