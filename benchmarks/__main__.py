@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": "compare the planner's memory and time with real passes",
     "scaling": "time training steps of several processes against one with as many threads",
     "digits": "judge the samples of a digits run: recognisable, and no copies",
+    "traffic": "count the bytes that the kernels move, with no GPU",
     "aot": "compile every kernel with no GPU, and look for spills and missing matrix instructions",
     "sanitize": "look for bad memory accesses and races on a GPU",
     "groups": "rewrite the tables and the picture of docs/groupnorm-and-kappa.md",

@@ -1,4 +1,4 @@
-"""``python -m benchmarks report``: the tables of README.md, from the result files."""
+"""``python -m benchmarks report``: the tables of README.md and docs/planning.md, from the result files."""
 
 import argparse
 import json
@@ -12,12 +12,15 @@ from benchmarks.environment import RESULTS, ROOT, source_hash
 from benchmarks.report_aot import aot_table, read_targets
 from benchmarks.report_loader import loader_table
 from benchmarks.report_ops import draw_all, gpu_note, losses_table, ops_table
+from benchmarks.report_plan import plan_table
 from benchmarks.report_scaling import scaling_table
+from benchmarks.report_traffic import traffic_table
 from benchmarks.report_unet import decoder_model_note, decoder_table, unet_table
 from benchmarks.report_uvit import uvit_table
 from scalelong_fast.errors import UserError, unknown_name
 
-README = ROOT / "README.md"
+#: Where tables are shown.
+PAGES = (ROOT / "README.md", ROOT / "docs" / "planning.md")
 NOT_MEASURED = "not measured yet"
 STALE = " (stale)"
 
@@ -170,7 +173,9 @@ TABLES: dict[str, Callable[[dict[str, Any], Path], list[str]]] = {
     "uvit": uvit_table,
     "decoder": decoder_table,
     "unet": unet_table,
+    "traffic": traffic_table,
     "aot": aot_table,
+    "plan": plan_table,
 }
 
 #: Result files of tables that are not named like theirs.
@@ -209,8 +214,8 @@ def render(name: str, results: Path = RESULTS, root: Path = ROOT) -> str:
     return "\n\n".join([*parts, note] if note else parts) or NOT_MEASURED
 
 
-def updated(text: str, results: Path = RESULTS, root: Path = ROOT) -> str:
-    """``text`` with what stands between each pair of markers replaced by the table they name.
+def updated(text: str, results: Path = RESULTS, root: Path = ROOT, page: str = "README.md") -> str:
+    """``text`` of a page with what stands between each pair of markers replaced by the table they name.
 
     Raises:
         UserError: a marker without its end, an unknown table, or a broken result file.
@@ -222,34 +227,41 @@ def updated(text: str, results: Path = RESULTS, root: Path = ROOT) -> str:
         end = text.find(closing, match.end())
         following = _OPEN.search(text, match.end())
         if end < 0 or (following and following.start() < end):
-            raise UserError(f"README.md: marker {match[0]} has no {closing} before the next marker. Put one in.")
+            raise UserError(f"{page}: marker {match[0]} has no {closing} before the next marker. Put one in.")
         pieces += [text[position : match.end()], "\n", render(name, results, root), "\n", closing]
         position = end + len(closing)
     return "".join(pieces) + text[position:]
 
 
-def main(args: Sequence[str], *, readme: Path = README, results: Path = RESULTS, root: Path = ROOT) -> int:
+def main(args: Sequence[str], *, pages: Sequence[Path] = PAGES, results: Path = RESULTS, root: Path = ROOT) -> int:
     """Run the command; returns the exit code. The keywords point it at other files."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks report",
-        description="Rewrite the tables between <!-- benchmark:NAME --> and <!-- /benchmark:NAME --> in README.md. "
+        description="Rewrite the tables between <!-- benchmark:NAME --> and <!-- /benchmark:NAME --> in "
+        f"{' and '.join(page.name for page in pages)}. "
         f"Tables: {', '.join(TABLES)}. Rows whose sources have changed since are marked as stale.",
     )
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if README.md would change")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page would change")
     options = parser.parse_args(args)
-    old = readme.read_text(encoding="utf-8")
-    new = updated(old, results, root)
-    if not options.check:
-        for line in draw_all(results, root):
-            print(line)
-        new = updated(old, results, root)  # with the pictures there are now
+    old = {page: page.read_text(encoding="utf-8") for page in pages}
+
+    def tables() -> dict[Path, str]:
+        return {page: updated(text, results, root, page.name) for page, text in old.items()}
+
+    new = tables()
     if options.check:
-        print("README.md is in sync." if new == old else "README.md is out of date: run python -m benchmarks report")
+        for page in pages:
+            late = new[page] != old[page]
+            print(f"{page.name} is {'out of date: run python -m benchmarks report' if late else 'in sync.'}")
         return int(new != old)
-    if new != old:
-        readme.write_text(new, encoding="utf-8")
-    print("README.md rewritten." if new != old else "README.md was in sync already.")
+    for line in draw_all(results, root):
+        print(line)
+    new = tables()  # with the pictures there are now
+    for page in pages:
+        if new[page] != old[page]:
+            page.write_text(new[page], encoding="utf-8")
+        print(f"{page.name} {'rewritten' if new[page] != old[page] else 'was in sync already'}.")
     for name in TABLES:
-        if f"<!-- benchmark:{name} -->" not in new:
-            print(f"README.md has no <!-- benchmark:{name} --> marker, so table {name} is shown nowhere.")
+        if not any(f"<!-- benchmark:{name} -->" in text for text in new.values()):
+            print(f"No page has a <!-- benchmark:{name} --> marker, so table {name} is shown nowhere.")
     return 0
