@@ -36,7 +36,7 @@ def traffic_table(result: Mapping[str, Any], root: Path) -> list[str]:
         "read and written once in each pass that must be. Moved: each address once a launch; asked: as often as the "
         "kernel asked, which the caches answer (tiles of a matrix product). Growth: of the moved bytes with tokens, "
         "pixels or batch, in units of the floor's growth: 1.00 is no pass over memory too many; below 1, a launch "
-        "reads twice what the caches hold. Parameters and statistics make the difference between growth and moved at these "
-        f"sizes. Triton {where['triton']}; {where['date']}."
+        "reads twice what the caches hold. Parameters and statistics make the difference between growth and moved at "
+        f"these sizes. Triton {where['triton']}; {where['date']}."
     )
     return [*markdown(headings, rows), "", note]
