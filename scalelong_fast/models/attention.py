@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from scalelong_fast.errors import UserError, invalid
 from scalelong_fast.models.cpu_attention import cpu_attention
 from scalelong_fast.models.cpu_linear import project
+from scalelong_fast.ops.problem import on_cpu
 
 
 def require_backend(name: str) -> None:
@@ -51,7 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tenso
 
 def attend_jointly(qkv: Tensor, scale: float, backend: str) -> Tensor:
     """:func:`attend` of a joint projection ``(B, L, 3, H, d)``; ``(B, L, H · d)``."""
-    if backend == "sdpa" and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
+    if backend == "sdpa" and qkv.dtype == torch.bfloat16 and on_cpu(qkv):
         return cpu_attention(qkv, scale)
     return attend(*qkv.unbind(2), scale, backend)
 

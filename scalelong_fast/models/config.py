@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from scalelong_fast.errors import check_bool, check_range, invalid, unknown_name
-from scalelong_fast.scaling import resolve_scaling
+from scalelong_fast.scaling import check_calibration, resolve_block_scaling, resolve_scaling
 from scalelong_fast.scaling.gates import ACTIVATIONS, INITS
 
 ATTENTION_BACKENDS = ("sdpa", "xformers", "math")
@@ -50,12 +50,20 @@ class UViTConfig:
     """Coefficients of the long skips: none, uniform, cs, cs-reversed, ls, ls-individual, learnable."""
     kappa: float | None = None
     """Base coefficient of uniform, cs, cs-reversed and learnable; good values 0.5 to 0.95."""
+    calibration: Literal["se", "ie"] = "se"
+    """LS: the gate that makes kappa of a skip's means: se (squeeze and excitation) or ie (instance enhancement: a scale
+    and a shift per token)."""
     reduction: int = 16
     """LS: reduction r of the SE gate (4, 8, 16); its hidden width is tokens/r and at least 1."""
     activation: Literal["relu", "elu", "mish"] = "relu"
     """LS: activation of the SE gate."""
     init: Literal["paper", "identity"] = "paper"
     """LS: the paper's initialisation, or identity (kappa near 1 at the start, for networks already trained)."""
+    block_scaling: Literal["none", "stable-tau", "rezero"] = "none"
+    """Scaling of the blocks' residual branches, a baseline: none, stable-tau (x + tau f(x)) or rezero (x + alpha f(x),
+    alpha learnt from 0)."""
+    block_tau: float = 0.1
+    """tau of stable-tau; the paper compares 0.1 and 0.3."""
     attention: Literal["sdpa", "xformers", "math"] = "sdpa"
     """Attention backend."""
     fused: bool | None = None
@@ -86,6 +94,9 @@ class UViTConfig:
         object.__setattr__(self, "scaling", resolve_scaling(self.scaling))
         if self.activation not in ACTIVATIONS:
             raise unknown_name("activation", self.activation, ACTIVATIONS)
+        check_calibration(self.calibration)
+        object.__setattr__(self, "block_scaling", resolve_block_scaling(self.block_scaling))
+        check_range("block_tau", self.block_tau, low=0, low_open=True)
         if self.init not in INITS:
             raise unknown_name("init", self.init, INITS)
         if self.attention not in ATTENTION_BACKENDS:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scalelong_fast.ops.problem import on_cpu
 from scalelong_fast.plain import is_plain
 
 #: Rows multiplied at a time.
@@ -97,7 +98,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-    if x.device.type != "cpu" or dtype != torch.bfloat16 or (not autocast and weight.dtype != dtype):
+    if not on_cpu(x) or dtype != torch.bfloat16 or (not autocast and weight.dtype != dtype):
         return F.linear(x, weight, bias)
     out = cpu_linear(x.to(dtype), weight.to(dtype))
     return out if bias is None else out + bias.to(dtype)

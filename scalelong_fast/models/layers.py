@@ -14,7 +14,7 @@ from scalelong_fast.models.long_skip import LongSkip, Stream, is_plain, merge_lo
 from scalelong_fast.models.recomputing import maybe_recomputed
 from scalelong_fast.ops import add_layer_norm_gap, layer_norm_gap
 from scalelong_fast.ops.autocast import autocast_dtype
-from scalelong_fast.scaling.gates import global_average_pool
+from scalelong_fast.scaling import global_average_pool, scale_branch
 
 
 class PatchEmbed(nn.Module):
@@ -101,6 +101,7 @@ class Block(nn.Module):
         dim, num_heads, mlp_ratio, qkv_bias, qk_scale, attention: see :class:`~scalelong_fast.models.UViTConfig`.
         skip: whether the block has a ``skip_linear`` that maps cat[x, κ⊙skip] (2D) to D.
         use_checkpoint: what to recompute in the backward, see :func:`~.recomputing.maybe_recomputed`.
+        block_scaling: what both residual branches are multiplied by (ScaleLong Table 3); None: nothing.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Block(nn.Module):
         attention: str = "sdpa",
         skip: bool = False,
         use_checkpoint: bool | str = False,
+        block_scaling: nn.Module | None = None,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
@@ -121,6 +123,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
         self.use_checkpoint = use_checkpoint
+        self.block_scaling = block_scaling
 
     def forward(
         self, x: Tensor | Stream, skip: Tensor | LongSkip | None = None
@@ -138,21 +141,21 @@ class Block(nn.Module):
         """
         if isinstance(x, Stream):
             return self._decode(x, skip) if isinstance(skip, LongSkip) else self._encode(x)
-        return maybe_recomputed(self.use_checkpoint, self._forward, x, skip)
+        return maybe_recomputed(self, self._forward, x, skip)
 
     def _forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
         if self.skip_linear is not None:
             x = project(self.skip_linear, torch.cat([x, skip], dim=-1)).to(x.dtype)
-        x = x + self.attn(normalize(self.norm1, x)).to(x.dtype)
-        return x + self.mlp(normalize(self.norm2, x)).to(x.dtype)
+        x = x + scale_branch(self.block_scaling, self.attn(normalize(self.norm1, x))).to(x.dtype)
+        return x + scale_branch(self.block_scaling, self.mlp(normalize(self.norm2, x))).to(x.dtype)
 
     def _encode(self, stream: Stream) -> tuple[Stream, tuple[Tensor, Tensor]]:
         # The addition and what it gives the long skip lie before the checkpoint: the skip is kept in any case.
         y, pooled, x, features = residual_norm(stream, self.norm1, skip=True)
-        return maybe_recomputed(self.use_checkpoint, self._fused_body, y, x), (features, pooled)
+        return maybe_recomputed(self, self._fused_body, y, x), (features, pooled)
 
     def _decode(self, stream: Stream, skip: LongSkip) -> tuple[Stream, Tensor | None]:
-        return maybe_recomputed(self.use_checkpoint, self._fused_decoder, stream.sum(), skip)
+        return maybe_recomputed(self, self._fused_decoder, stream.sum(), skip)
 
     def _fused_decoder(self, x: Tensor, skip: LongSkip) -> tuple[Stream, Tensor | None]:
         merged, kappa = merge_long_skip(x, skip, self.skip_linear)
@@ -160,5 +163,5 @@ class Block(nn.Module):
         return self._fused_body(y, x), kappa
 
     def _fused_body(self, y: Tensor, x: Tensor) -> Stream:
-        y, _, x, _ = residual_norm(Stream(x, self.attn(y)), self.norm2)
-        return Stream(x, self.mlp(y))
+        y, _, x, _ = residual_norm(Stream(x, scale_branch(self.block_scaling, self.attn(y))), self.norm2)
+        return Stream(x, scale_branch(self.block_scaling, self.mlp(y)))

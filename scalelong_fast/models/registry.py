@@ -96,7 +96,7 @@ def create_model(name: str, scaling: str | None = None, kappa: float | None = No
             ``ls-individual`` or ``learnable``; None keeps the preset's (LS).
         kappa: κ > 0 of the constant scalings, start of the learnable one.
         **overrides: any field of :class:`UViTConfig` or, for a UNet, :class:`UNetConfig`, e.g. ``img_size``, ``depth``,
-            ``model_channels``, ``use_checkpoint``, ``reduction``.
+            ``model_channels``, ``use_checkpoint``, ``reduction``, ``calibration``, ``block_scaling``.
 
     Returns:
         A freshly initialised :class:`UViT` or :class:`UNet`, on the current default device (``with

@@ -14,7 +14,7 @@ from scalelong_fast.models.unet_config import UNetConfig
 from scalelong_fast.models.unet_norm import ScaledSkip, Stats, convolve
 from scalelong_fast.ops import channel_stats
 from scalelong_fast.ops.differentiable import under_functorch
-from scalelong_fast.scaling import create_scaling
+from scalelong_fast.scaling import create_block_scaling, create_scaling
 
 
 class Stage(nn.Sequential):
@@ -47,7 +47,7 @@ class Stage(nn.Sequential):
             The feature; on the fused path with the statistics of x where the first layer is a residual block that
             made them, else None.
         """
-        return maybe_recomputed(self.use_checkpoint, self._forward, x, emb, context, skip, fused)
+        return maybe_recomputed(self, self._forward, x, emb, context, skip, fused)
 
     def _forward(
         self, x: Tensor, emb: Tensor, context: Tensor | None, skip: ScaledSkip | None, fused: bool
@@ -107,7 +107,7 @@ class UNet(
         self.output_blocks = self._decoder()
         width = config.level_channels[0]
         self.out = nn.Sequential(
-            nn.GroupNorm(config.num_groups, width),
+            nn.GroupNorm(config.num_groups, width, config.norm_eps),
             nn.SiLU(),
             zero(conv3x3(width, config.in_chans * (2 if config.learn_sigma else 1))),
         )
@@ -117,6 +117,7 @@ class UNet(
             num_skips=config.num_skips,
             widths=config.skip_channels,
             kappa=config.kappa,
+            calibration=config.calibration,
             reduction=config.reduction,
             adapter_reduction=config.adapter_reduction,
             activation=config.activation,
@@ -136,14 +137,22 @@ class UNet(
             config.dropout,
             config.use_scale_shift_norm,
             resize,
+            self._block_scaling(),
+            config.norm_eps,
         )
 
     def _attention(self, channels: int) -> AttentionBlock | SpatialTransformer:
         config, heads = self.config, self.config.heads_of(channels)
         if config.clip_dim > 0:
             depth, groups = config.transformer_depth, config.num_groups
-            return SpatialTransformer(channels, heads, config.clip_dim, depth, groups, config.attention)
-        return AttentionBlock(channels, heads, config.num_groups, config.use_new_attention_order, config.attention)
+            return SpatialTransformer(
+                channels, heads, config.clip_dim, depth, groups, config.attention, self._block_scaling()
+            )
+        order, eps = config.use_new_attention_order, config.norm_eps
+        return AttentionBlock(channels, heads, config.num_groups, order, config.attention, self._block_scaling(), eps)
+
+    def _block_scaling(self) -> nn.Module | None:
+        return create_block_scaling(self.config.block_scaling, self.config.block_tau)
 
     def _encoder(self) -> nn.ModuleList:
         config = self.config
@@ -157,9 +166,10 @@ class UNet(
                     layers.append(self._attention(width))
                 stages.append(self._stage(*layers))
             if level + 1 < len(config.level_channels):
-                stages.append(
-                    self._stage(self._res(width, width, "down") if config.resblock_updown else Downsample(width))
-                )
+                if config.resblock_updown:
+                    stages.append(self._stage(self._res(width, width, "down")))
+                else:
+                    stages.append(self._stage(Downsample(width, config.downsample_padding)))
         return nn.ModuleList(stages)
 
     def _decoder(self) -> nn.ModuleList:
@@ -202,7 +212,8 @@ class UNet(
         config = self.config
         check_input(config, self.input_shape, x, timesteps, y)
         check_dtype(x, self.time_embed[0])
-        emb = self.time_embed(timestep_embedding(timesteps, config.model_channels).to(x.dtype))
+        sinusoids = timestep_embedding(timesteps, config.model_channels, freq_shift=config.freq_shift)
+        emb = self.time_embed(sinusoids.to(x.dtype))
         if config.num_classes > 0:
             emb = emb + self.label_emb(y)
         context = text_features(y, x) if config.clip_dim > 0 else None

@@ -5,9 +5,10 @@ from torch.nn import functional as F
 
 from scalelong_fast.models.attention import attend, attend_jointly, require_backend
 from scalelong_fast.models.cpu_linear import linear, project
-from scalelong_fast.models.unet_blocks import zero
+from scalelong_fast.models.unet_blocks import zero_branch
 from scalelong_fast.models.unet_norm import normalise
 from scalelong_fast.plain import is_plain
+from scalelong_fast.scaling import scale_branch
 
 
 def to_tokens(image: Tensor) -> Tensor:
@@ -39,20 +40,30 @@ class AttentionBlock(nn.Module):
         num_groups: of the GroupNorm.
         new_order: the joint projection's rows are divided by q, k, v first and then by heads, not by heads first.
         backend: see :class:`scalelong_fast.models.attention.Attention`.
+        block_scaling: what the attention's branch is multiplied by (ScaleLong Table 3); None: nothing.
+        norm_eps: ε of the GroupNorm.
     """
 
     #: See :class:`~scalelong_fast.models.unet.Stage`.
     takes = "nothing else"
 
     def __init__(
-        self, channels: int, num_heads: int, num_groups: int = 32, new_order: bool = False, backend: str = "sdpa"
+        self,
+        channels: int,
+        num_heads: int,
+        num_groups: int = 32,
+        new_order: bool = False,
+        backend: str = "sdpa",
+        block_scaling: nn.Module | None = None,
+        norm_eps: float = 1e-5,
     ):
         super().__init__()
         require_backend(backend)
         self.num_heads, self.new_order, self.backend = num_heads, new_order, backend
-        self.norm = nn.GroupNorm(num_groups, channels)
+        self.norm = nn.GroupNorm(num_groups, channels, norm_eps)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zero(nn.Conv1d(channels, channels, 1))
+        self.proj_out = zero_branch(nn.Conv1d(channels, channels, 1), block_scaling)
+        self.block_scaling = block_scaling
 
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
         """Attend among the H·W positions of ``x`` ``(B, C, H, W)``; ``fused``: the norm by a fused op."""
@@ -66,7 +77,7 @@ class AttentionBlock(nn.Module):
             qkv = qkv.unflatten(2, (self.num_heads, 3, head)).transpose(2, 3)
         out = attend_jointly(qkv, head**-0.5, self.backend)
         out = pointwise(self.proj_out, nn.Conv1d, to_image(out, height, width))
-        return x + to_image(out, height, width)
+        return x + scale_branch(self.block_scaling, to_image(out, height, width))
 
 
 class CrossAttention(nn.Module):
@@ -148,6 +159,7 @@ class SpatialTransformer(nn.Module):
         depth: transformer blocks.
         num_groups: of the GroupNorm.
         backend: see :class:`scalelong_fast.models.attention.Attention`.
+        block_scaling: what the transformer's branch as a whole is multiplied by (ScaleLong Table 3); None: nothing.
     """
 
     #: See :class:`~scalelong_fast.models.unet.Stage`.
@@ -161,6 +173,7 @@ class SpatialTransformer(nn.Module):
         depth: int = 1,
         num_groups: int = 32,
         backend: str = "sdpa",
+        block_scaling: nn.Module | None = None,
     ):
         super().__init__()
         self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
@@ -168,7 +181,8 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             [TransformerBlock(channels, num_heads, context_dim, backend) for _ in range(depth)]
         )
-        self.proj_out = zero(nn.Conv2d(channels, channels, 1))
+        self.proj_out = zero_branch(nn.Conv2d(channels, channels, 1), block_scaling)
+        self.block_scaling = block_scaling
 
     def forward(self, x: Tensor, context: Tensor, fused: bool = False) -> Tensor:
         """Attend among the H·W positions of ``x`` and to the text ``context`` ``(B, M, D)``."""
@@ -178,4 +192,4 @@ class SpatialTransformer(nn.Module):
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
         out = pointwise(self.proj_out, nn.Conv2d, to_image(tokens, height, width))
-        return x + to_image(out, height, width)
+        return x + scale_branch(self.block_scaling, to_image(out, height, width))

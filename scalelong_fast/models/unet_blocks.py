@@ -8,11 +8,13 @@ from torch.nn import functional as F
 from scalelong_fast.models.unet_norm import ScaledSkip, Stats, concat_long_skip, convolve, merge_long_skip, normalise
 from scalelong_fast.ops.autocast import no_autocast
 from scalelong_fast.plain import is_untouched
+from scalelong_fast.scaling import scale_branch
+from scalelong_fast.scaling.block_output import ReZero
 
 
-def conv3x3(channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """A 3×3 convolution that keeps the image's size (or halves it)."""
-    return nn.Conv2d(channels, out_channels, 3, stride=stride, padding=1)
+def conv3x3(channels: int, out_channels: int) -> nn.Conv2d:
+    """A 3×3 convolution that keeps the image's size."""
+    return nn.Conv2d(channels, out_channels, 3, padding=1)
 
 
 def zero(module: nn.Module) -> nn.Module:
@@ -20,6 +22,11 @@ def zero(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def zero_branch(module: nn.Module, block_scaling: nn.Module | None) -> nn.Module:
+    """The last layer of a residual branch: zero, unless ReZero's α is. Of α · W with both at 0 neither would learn."""
+    return module if isinstance(block_scaling, ReZero) else zero(module)
 
 
 def halve(x: Tensor) -> Tensor:
@@ -34,14 +41,20 @@ def double(x: Tensor) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Strided convolution, ``(B, C, H, W) → (B, C, H/2, W/2)``."""
+    """Strided convolution, ``(B, C, H, W) → (B, C, H/2, W/2)``.
 
-    def __init__(self, channels: int):
+    Args:
+        channels: C.
+        padding: 1 on every side (1), or on the right and below only (0, as in DDPM).
+    """
+
+    def __init__(self, channels: int, padding: int = 1):
         super().__init__()
-        self.op = conv3x3(channels, channels, stride=2)
+        self.padding = padding
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        return self.op(x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -68,6 +81,8 @@ class ResBlock(nn.Module):
         dropout: rate before the second convolution.
         scale_shift: the embedding scales and shifts the second norm instead of being added before it.
         resize: ``down`` or ``up`` halves or doubles the image before the first convolution and in the shortcut.
+        block_scaling: what the convolutions' branch is multiplied by (ScaleLong Table 3); None: nothing.
+        norm_eps: ε of the GroupNorms.
     """
 
     #: See :class:`~scalelong_fast.models.unet.Stage`.
@@ -82,20 +97,25 @@ class ResBlock(nn.Module):
         dropout: float = 0.0,
         scale_shift: bool = False,
         resize: Literal["down", "up"] | None = None,
+        block_scaling: nn.Module | None = None,
+        norm_eps: float = 1e-5,
     ):
         super().__init__()
         self.scale_shift, self.resize = scale_shift, resize
-        self.in_layers = nn.Sequential(nn.GroupNorm(num_groups, channels), nn.SiLU(), conv3x3(channels, out_channels))
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(num_groups, channels, norm_eps), nn.SiLU(), conv3x3(channels, out_channels)
+        )
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
         )
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(num_groups, out_channels),
+            nn.GroupNorm(num_groups, out_channels, norm_eps),
             nn.SiLU(),
             nn.Dropout(dropout),
-            zero(conv3x3(out_channels, out_channels)),
+            zero_branch(conv3x3(out_channels, out_channels), block_scaling),
         )
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        self.block_scaling = block_scaling
 
     def forward(
         self, x: Tensor, emb: Tensor, skip: ScaledSkip | None = None, fused: bool = False
@@ -128,7 +148,7 @@ class ResBlock(nn.Module):
         else:
             h, stats = convolve(self.in_layers, x, fused)
             shortcut = self.skip_connection(x)
-        out = shortcut + self._second_half(h, self.emb_layers(emb), fused)
+        out = shortcut + scale_branch(self.block_scaling, self._second_half(h, self.emb_layers(emb), fused))
         return (out, stats) if fused else out
 
     def _second_half(self, h: Tensor, emb: Tensor, fused: bool) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from scalelong_fast.errors import check_bool, check_range, invalid, unknown_name
 from scalelong_fast.models.config import ATTENTION_BACKENDS
-from scalelong_fast.scaling import resolve_scaling
+from scalelong_fast.scaling import check_calibration, resolve_block_scaling, resolve_scaling
 from scalelong_fast.scaling.gates import ACTIVATIONS, INITS
 
 
@@ -37,6 +37,12 @@ class UNetConfig:
     """Residual blocks that resize, instead of a strided convolution and a convolution after upsampling."""
     num_groups: int = 32
     """Groups of every GroupNorm; divides the channels of every level."""
+    norm_eps: float = 1e-5
+    """Epsilon of the GroupNorms (1e-6 in DDPM); that of transformers over a feature map is 1e-6 in any case."""
+    freq_shift: int = 0
+    """1: frequencies of the time embedding as in DDPM, the lowest of which is 1/10000; 0: as in the openai UNets."""
+    downsample_padding: int = 1
+    """Padding of the strided convolutions: 1 on every side (1), or on the right and below only (0, as in DDPM)."""
     dropout: float = 0.0
     """Dropout rate in the residual blocks."""
     num_classes: int = -1
@@ -55,6 +61,9 @@ class UNetConfig:
     """Coefficients of the long skips: none, uniform, cs, cs-reversed, ls, ls-individual, learnable."""
     kappa: float | None = None
     """Base coefficient of uniform, cs, cs-reversed and learnable; good values 0.5 to 0.95."""
+    calibration: Literal["se", "ie"] = "se"
+    """LS: the gate that makes kappa of a skip's means: se (squeeze and excitation) or ie (instance enhancement: a scale
+    and a shift per channel)."""
     reduction: int = 16
     """LS: reduction r of the SE gate (4, 8, 16); its hidden width is channels/r and at least 1."""
     adapter_reduction: int = 4
@@ -63,6 +72,11 @@ class UNetConfig:
     """LS: activation of the SE gate."""
     init: Literal["paper", "identity"] = "paper"
     """LS: the paper's initialisation, or identity (kappa near 1 at the start, for networks already trained)."""
+    block_scaling: Literal["none", "stable-tau", "rezero"] = "none"
+    """Scaling of the blocks' residual branches, a baseline: none, stable-tau (x + tau f(x)) or rezero (x + alpha f(x),
+    alpha learnt from 0)."""
+    block_tau: float = 0.1
+    """tau of stable-tau; the paper compares 0.1 and 0.3."""
     attention: Literal["sdpa", "xformers", "math"] = "sdpa"
     """Attention backend."""
     fused: bool | None = None
@@ -81,6 +95,11 @@ class UNetConfig:
         check_range("num_classes", self.num_classes, low=-1, integer=True)
         check_range("clip_dim", self.clip_dim, low=0, integer=True)
         check_range("dropout", self.dropout, low=0, high=1, high_open=True)
+        check_range("norm_eps", self.norm_eps, low=0, low_open=True)
+        check_range("freq_shift", self.freq_shift, low=0, high=1, integer=True)
+        check_range("downsample_padding", self.downsample_padding, low=0, high=1, integer=True)
+        if self.freq_shift and self.model_channels < 4:
+            raise invalid("freq_shift", self.freq_shift, f"0 with model_channels = {self.model_channels}")
         if self.kappa is not None:
             check_range("kappa", self.kappa, low=0, low_open=True)
         self._check_levels()
@@ -90,6 +109,9 @@ class UNetConfig:
         object.__setattr__(self, "scaling", resolve_scaling(self.scaling))
         if self.activation not in ACTIVATIONS:
             raise unknown_name("activation", self.activation, ACTIVATIONS)
+        check_calibration(self.calibration)
+        object.__setattr__(self, "block_scaling", resolve_block_scaling(self.block_scaling))
+        check_range("block_tau", self.block_tau, low=0, low_open=True)
         if self.init not in INITS:
             raise unknown_name("init", self.init, INITS)
         if self.attention not in ATTENTION_BACKENDS:

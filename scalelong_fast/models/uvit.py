@@ -10,7 +10,7 @@ from scalelong_fast.models.inputs import check_dtype, check_input, text_features
 from scalelong_fast.models.layers import Block, PatchEmbed, residual_norm, unpatchify
 from scalelong_fast.models.long_skip import Stream, prepare
 from scalelong_fast.ops.differentiable import under_functorch
-from scalelong_fast.scaling import LongSkipScaling, create_scaling
+from scalelong_fast.scaling import LongSkipScaling, create_block_scaling, create_scaling
 
 
 class UViT(
@@ -54,6 +54,7 @@ class UViT(
                 config.attention,
                 skip,
                 config.use_checkpoint,
+                create_block_scaling(config.block_scaling, config.block_tau),
             )
 
         self.in_blocks = nn.ModuleList([block() for _ in range(config.depth // 2)])
@@ -71,6 +72,7 @@ class UViT(
                 num_skips=config.num_skips,
                 widths=config.num_tokens,
                 kappa=config.kappa,
+                calibration=config.calibration,
                 reduction=config.reduction,
                 activation=config.activation,
                 init=config.init,

@@ -78,6 +78,11 @@ def architecture(device: torch.device) -> str:
     return _device_arch("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
+def on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is on a CPU, and not there to stand for one of an assumed architecture."""
+    return tensor.device.type == "cpu" and _assumed in (None, "cpu")
+
+
 # The answer never changes, so a compiler need not look inside.
 @torch.compiler.assume_constant_result
 def _device_arch(kind: str, index: int | None) -> str:

@@ -56,8 +56,9 @@ def create_scaling(
         widths: channels (UNet) or tokens (U-ViT) of the skips: one number, or one per skip, outermost first.
         kappa: κ > 0. Default 1/√2 for ``uniform``, 0.7 for CS, 1 for ``learnable``. The gates and ``none`` have no
             use for it and say so with a warning.
-        calibration, reduction, activation, init: of the gates (see :class:`~scalelong_fast.scaling.SEGate`): ``se``; r;
-            relu, elu or mish; ``paper`` or ``identity``. The others ignore them.
+        calibration: of the gates, ``se`` (:class:`~scalelong_fast.scaling.SEGate`) or ``ie``
+            (:class:`~scalelong_fast.scaling.IEGate`). The others ignore it, as they do the next three.
+        reduction, activation, init: of the gates: r; relu, elu or mish (``se`` alone); ``paper`` or ``identity``.
         adapter_reduction: of ``ls`` where the skips differ in width: N / r_i of the encoders and decoders around its
             gate (see :class:`~scalelong_fast.scaling.SharedLS`). The others ignore it.
 

@@ -15,6 +15,9 @@ INITS = ("paper", "identity")
 # σ(6) = 0.9975: close enough to 1 to leave a trained network undisturbed, with a slope that still learns.
 IDENTITY_LOGIT = 6.0
 
+# β at the start, in the published code of instance enhancement.
+IE_LOGIT = -1.0
+
 
 def global_average_pool(skip: Tensor) -> Tensor:
     """GAP over every dimension but batch and dim 1 (ScaleLong Eq. 9).
@@ -28,6 +31,15 @@ def global_average_pool(skip: Tensor) -> Tensor:
     if skip.dim() == 2:  # an empty list of dimensions would mean all of them
         return skip.to(torch.promote_types(skip.dtype, torch.float32))
     return skip.mean(dim=tuple(range(2, skip.dim())), dtype=torch.promote_types(skip.dtype, torch.float32))
+
+
+def _check_options(width: int, reduction: int, activation: str, init: str) -> None:
+    check_range("width", width, low=1, integer=True)
+    check_range("reduction", reduction, low=1, integer=True)
+    if activation not in ACTIVATIONS:
+        raise unknown_name("activation", activation, ACTIVATIONS)
+    if init not in INITS:
+        raise unknown_name("init", init, INITS)
 
 
 class SEGate(nn.Module):
@@ -45,12 +57,7 @@ class SEGate(nn.Module):
 
     def __init__(self, width: int, reduction: int = 16, activation: str = "relu", init: str = "paper"):
         super().__init__()
-        check_range("width", width, low=1, integer=True)
-        check_range("reduction", reduction, low=1, integer=True)
-        if activation not in ACTIVATIONS:
-            raise unknown_name("activation", activation, ACTIVATIONS)
-        if init not in INITS:
-            raise unknown_name("init", init, INITS)
+        _check_options(width, reduction, activation, init)
         self.width, self.reduction, self.activation, self.init = width, reduction, activation, init
         hidden = max(1, width // reduction)
         self.down = nn.Linear(width, hidden)
@@ -87,6 +94,45 @@ class SEGate(nn.Module):
         return f"width={self.width}, reduction={self.reduction}, activation={self.activation}, init={self.init}"
 
 
+class IEGate(nn.Module):
+    """κ = σ(γ ⊙ pooled + β), the gate of instance enhancement (Liang et al., 2020).
+
+    Every channel or token is gated by its own mean alone, with 2N parameters. γ is ``weight``, β is ``bias``.
+
+    Args:
+        width: N, the number of channels (UNet) or tokens (U-ViT) that are gated.
+        reduction, activation: of the SE gate, without a meaning here; checked all the same.
+        init: ``paper`` is that of the published code, γ = 0 and β = −1 (κ = 0.27 for every input); ``identity`` starts
+            at κ = 0.9975.
+    """
+
+    def __init__(self, width: int, reduction: int = 16, activation: str = "relu", init: str = "paper"):
+        super().__init__()
+        _check_options(width, reduction, activation, init)
+        self.width, self.init = width, init
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as ``init`` says."""
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, IDENTITY_LOGIT if self.init == "identity" else IE_LOGIT)
+
+    def forward(self, pooled: Tensor, logits: bool = False) -> Tensor:
+        """Gate of the pooled skip; arguments and result as :meth:`SEGate.forward`."""
+        dtype = torch.promote_types(pooled.dtype, torch.float32)
+        out = torch.addcmul(self.bias.to(dtype), self.weight.to(dtype), pooled.to(dtype))
+        return out if logits else torch.sigmoid(out)
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        """What σ makes κ of, as :meth:`SEGate.logits`."""
+        return self(pooled, logits=True)
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, init={self.init}"
+
+
 def two_linear(x: Tensor, down: nn.Linear, activation: str, up: nn.Linear) -> Tensor:
     """W_up ψ(W_down · x) with both biases, in float32 (float64 for a float64 x) whatever autocast says.
 
@@ -109,4 +155,11 @@ def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
 #: Gates by name; another calibration module is one entry here. One with a method ``logits``, the gate without its σ,
 #: has that used where skips of different widths share it; any other is called as it is.
-CALIBRATIONS: dict[str, type[nn.Module]] = {"se": SEGate}
+CALIBRATIONS: dict[str, type[nn.Module]] = {"se": SEGate, "ie": IEGate}
+
+
+def check_calibration(name: str) -> str:
+    """Return the name of a gate; an unknown one raises with the nearest names."""
+    if name not in CALIBRATIONS:
+        raise unknown_name("calibration", name, CALIBRATIONS)
+    return name

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scalelong_fast.errors import check_range, invalid, unknown_name
+from scalelong_fast.errors import check_range, invalid
 from scalelong_fast.scaling.base import LongSkipScaling
-from scalelong_fast.scaling.gates import CALIBRATIONS, global_average_pool
+from scalelong_fast.scaling.gates import CALIBRATIONS, check_calibration, global_average_pool
 from scalelong_fast.scaling.width_adapters import AdaptedGate, decoder_of, encoder_of
 
 
@@ -40,10 +40,9 @@ class LearnableScaling(LongSkipScaling):
         self.widths = [widths] * num_skips if isinstance(widths, int) else list(widths)
         if len(self.widths) != num_skips:
             raise invalid("widths", self.widths, f"one width for each of the {num_skips} skips, outermost first")
-        if calibration not in CALIBRATIONS:
-            raise unknown_name("calibration", calibration, CALIBRATIONS)
+        gate = CALIBRATIONS[check_calibration(calibration)]
         self.gate_options = options
-        self.build(lambda width, **changes: CALIBRATIONS[calibration](width, **(options | changes)))
+        self.build(lambda width, **changes: gate(width, **(options | changes)))
 
     def build(self, make_gate: Callable[..., nn.Module]) -> None:
         """Create the gates with ``make_gate(width)``; keywords replace the gate's options."""
@@ -53,14 +52,18 @@ class LearnableScaling(LongSkipScaling):
         """The gate that serves long skip i = 1 … N: a function of the pooled skip ``(B, N_i)`` that gives κ_i."""
         raise NotImplementedError
 
-    def coefficient(self, i: int, skip: Tensor, pooled: Tensor | None = None) -> Tensor:
-        """κ_i ``(B, N_i)``; see :meth:`~scalelong_fast.scaling.LongSkipScaling.kappa` for the arguments."""
+    def check_width(self, i: int, skip: Tensor) -> None:
+        """Raise :class:`UserError` unless dim 1 of the skip is as wide as its gate."""
         if skip.shape[1] != self.widths[i - 1]:
             raise invalid(
                 f"skip {i}",
                 tuple(skip.shape),
                 f"{self.widths[i - 1]} channels or tokens in dim 1, the width of its gate",
             )
+
+    def coefficient(self, i: int, skip: Tensor, pooled: Tensor | None = None) -> Tensor:
+        """κ_i ``(B, N_i)``; see :meth:`~scalelong_fast.scaling.LongSkipScaling.kappa` for the arguments."""
+        self.check_width(i, skip)
         return self.gate_of(i)(global_average_pool(skip) if pooled is None else pooled)
 
 
@@ -70,7 +73,8 @@ class SharedLS(LearnableScaling):
     Where all skips are equally wide, κ_i = ``gate``(GAP(skip_i)) (ScaleLong Eq. 9–11). Where they are not, the gate has
     the least width N_min, and every distinct width N an encoder and a decoder of its own around it (Eq. 12–13):
     κ_i = σ(D(SE(E(GAP(skip_i))))), with SE the gate without its σ, E = ``encoders[str(N)]``, D = ``decoders[str(N)]``;
-    both are :class:`~scalelong_fast.scaling.WidthAdapter`, of hidden width max(1, ⌊N / adapter_reduction⌋).
+    both are :class:`~scalelong_fast.scaling.WidthAdapter`, of hidden width max(1, ⌊N / adapter_reduction⌋). Another
+    calibration has the place of SE.
     """
 
     def build(self, make_gate: Callable[..., nn.Module]) -> None:
