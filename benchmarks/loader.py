@@ -31,6 +31,7 @@ from scalelong_fast.training.hardware import resolve_device
 SOURCES = (
     "benchmarks/loader.py",
     "scalelong_fast/data/order.py",
+    "scalelong_fast/data/packed/readahead.py",
     "scalelong_fast/data/packed/reader.py",
     "scalelong_fast/data/prefetch.py",
     "scalelong_fast/data/training_set.py",

@@ -11,11 +11,12 @@ from scalelong_fast.cli.parse import parse
 from scalelong_fast.cli.sample import check_writable
 from scalelong_fast.errors import UserError, check_range, invalid
 from scalelong_fast.evaluation.extractors import create_extractor
+from scalelong_fast.evaluation.pool import bounded
 from scalelong_fast.evaluation.progress import track
 from scalelong_fast.evaluation.reference import load_reference, measure_dataset, save_reference
 from scalelong_fast.evaluation.sharing import own_batches
-from scalelong_fast.evaluation.sources import check_pixels, open_images
-from scalelong_fast.evaluation.steps import check_alike, identify
+from scalelong_fast.evaluation.sources import check_pixels, decoding_threads, open_images
+from scalelong_fast.evaluation.steps import check_alike, explain_memory, identify
 from scalelong_fast.training.config import TrainConfig
 from scalelong_fast.training.hardware import resolve_device
 from scalelong_fast.training.ranks import connect
@@ -38,7 +39,7 @@ class StatsArguments:
     path: Path | None = None
     """Local copy of cifar10, read instead of downloading."""
     keep_features: bool = False
-    """Store the features too, for evaluate --kid."""
+    """Store features too, of 50,000 images at most, for evaluate --kid."""
     batch_size: int = 256
     """Images per forward and process."""
     device: str = "auto"
@@ -73,7 +74,7 @@ def main(args: Sequence[str]) -> int:
             raise invalid("--extractor", arguments.extractor, "none, since the features are extracted already")
         reference = load_reference(Path(name), "NAME_OR_FOLDER")
         check_writable(arguments.out)
-        kept = reference.features if arguments.keep_features else None
+        kept = bounded(reference.features) if arguments.keep_features and reference.features is not None else None
         reference, is_main = dataclasses.replace(reference, features=kept), True
     else:
         with connect(TrainConfig(device=arguments.device, timeout=TIMEOUT)) as ranks:
@@ -87,14 +88,19 @@ def main(args: Sequence[str]) -> int:
                     path=arguments.path,
                     img_size=arguments.img_size,
                     progress=is_main and console.is_terminal,
+                    workers=decoding_threads(ranks),
                     argument="NAME_OR_FOLDER",
                 )
                 check_pixels(dataset, "NAME_OR_FOLDER", arguments.img_size)
+                if arguments.img_size not in (None, dataset.image_shape[-1]):
+                    side = f"{dataset.image_shape[-1]}, which the images of {name} have"
+                    raise invalid("--img-size", arguments.img_size, side, "Only files of a folder are resized.")
                 chosen = arguments.extractor or ("digits" if name == "digits" else "inception")
                 extractor = create_extractor(chosen, device, arguments.extractor_weights, ranks)
                 check_alike(identify(extractor, dataset.image_shape, device), ranks)
             batches = len(list(own_batches(len(dataset), arguments.batch_size, ranks)))
-            with track(console, "features", batches * arguments.batch_size, show=is_main) as show:
+            show_progress = track(console, "features", batches * arguments.batch_size, show=is_main)
+            with explain_memory(arguments.batch_size), show_progress as show:
                 reference = measure_dataset(
                     dataset,
                     extractor,

@@ -1,6 +1,5 @@
 """``scalelong-fast prepare NAME OUT``."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,9 +7,9 @@ from rich.console import Console
 
 from scalelong_fast.cli.parse import parse
 from scalelong_fast.data.packed import Manifest, verify
-from scalelong_fast.data.packed.format import MANIFEST
-from scalelong_fast.data.prepare import RECIPES, Request, prepare
-from scalelong_fast.errors import UserError, unknown_name
+from scalelong_fast.data.packed.format import MANIFEST, read_manifest
+from scalelong_fast.data.prepare import RECIPES, PrepareOptions, Request, prepare
+from scalelong_fast.errors import UserError, invalid, unknown_name
 from scalelong_fast.training.hardware import resolve_device
 
 USAGE = """usage: scalelong-fast prepare NAME OUT [--source SOURCE] [options]
@@ -35,43 +34,6 @@ All options: scalelong-fast prepare NAME OUT --help
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class PrepareArguments:
-    """Pack a data set into memory-mapped shards; the same command run again goes on where it was interrupted."""
-
-    source: str | None = None
-    """Folder, archive, table, or OWNER/NAME on the Hugging Face hub; default: the data set's own place on the hub."""
-    captions: Path | None = None
-    """coco256: COCO's annotations, e.g. captions_train2014.json; not needed for a table with a column of captions."""
-    split: str | None = None
-    """Split of a table that has several; default: train."""
-    revision: str | None = None
-    """Revision of a data set on the hub; default: the newest. The manifest says which it was."""
-    size: int | None = None
-    """Side of the packed images in pixels; default: the data set's; folder needs it."""
-    crop: str | None = None
-    """adm, celeba, lanczos or upright; default: what the data set's published results were computed with."""
-    channels: int = 3
-    """3 (RGB) or 1 (grey)."""
-    limit: int | None = None
-    """Pack only so many images, spread over the whole source: for a try."""
-    workers: int | None = None
-    """Threads that decode; default: one for each core, 32 at most."""
-    shard_mib: int = 512
-    """Size of a shard in MiB: what an interrupted preparation has to do again at most."""
-    batch_size: int = 32
-    """coco256: images that go through the autoencoder at once."""
-    autoencoder: str = "stabilityai/sd-vae-ft-ema"
-    """coco256: AutoencoderKL of diffusers, on the hub or in a local folder."""
-    text_encoder: str = "openai/clip-vit-large-patch14"
-    """coco256: CLIP of transformers, on the hub or in a local folder."""
-    device: str = "auto"
-    """coco256: where the encoders compute: auto, cpu, cuda, ..."""
-    verify: bool = False
-    """Read everything back that was packed before, and compare checksums: damaged shards are made again. Without
-    --source a finished set is only checked."""
-
-
 def usage() -> str:
     """The help of the command without a data set."""
     width = max(map(len, RECIPES))
@@ -94,25 +56,29 @@ def main(args: Sequence[str]) -> int:
     out = Path(name if asks_help else rest[0]).expanduser()
     options = rest if asks_help else rest[1:]
     description = RECIPES[name].description
-    arguments = parse(PrepareArguments, options, f"scalelong-fast prepare {name} OUT", description=description)
+    arguments = parse(PrepareOptions, options, f"scalelong-fast prepare {name} OUT", description=description)
     console = Console(width=120)
     if arguments.verify and arguments.source is None and (out / MANIFEST).is_file():
-        check(out)
+        check(out, name)
         console.print(f"{out}: every file is as it was written.", highlight=False, soft_wrap=True)
         return 0
-    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)}
-    device = resolve_device(values.pop("device"), "--device")
-    manifest = prepare(Request(RECIPES[name], out, device, **values), progress=True)
+    device = resolve_device(arguments.device, "--device")
+    manifest = prepare(Request(RECIPES[name], out, device, arguments), progress=True)
+    if manifest.skipped:
+        console.print(left_out(manifest.skipped), style="yellow", highlight=False, soft_wrap=True, markup=False)
     console.print(summary(out, manifest), highlight=False, soft_wrap=True, markup=False)
     return 0
 
 
-def check(out: Path) -> None:
+def check(out: Path, name: str) -> None:
     """Read a finished set back.
 
     Raises:
-        UserError: files are damaged; they are named.
+        UserError: it is another data set, or files are damaged; they are named.
     """
+    found = read_manifest(out, "OUT").plan.name
+    if found != name:
+        raise invalid("NAME", name, f"{found}, which {out} holds", "Nothing was read.")
     faults = verify(out, progress=True)
     if faults:
         listed = "; ".join(f"{out / name} {fault}" for name, fault in list(faults.items())[:5])
@@ -123,6 +89,12 @@ def check(out: Path) -> None:
         )
 
 
+def left_out(names: Sequence[str]) -> str:
+    """One line on the images that are not in a set."""
+    listed = ", ".join([*names[:10], *["…"] * (len(names) > 10)])
+    return f"Left out, since they cannot be read: {len(names)} images ({listed}). The manifest names them all."
+
+
 def summary(out: Path, manifest: Manifest) -> str:
     """One line on a finished set."""
     plan = manifest.plan
@@ -131,6 +103,6 @@ def summary(out: Path, manifest: Manifest) -> str:
     shape = "×".join(map(str, plan.fields["moments" if "moments" in plan.fields else "images"].shape))
     classes = f", {len(plan.class_names)} classes" if plan.class_names else ""
     return (
-        f"{out}: {plan.count} {kind} of {shape}{classes}, {size:.2f} GiB in {len(manifest.shards)} shards. Train on it "
-        f"with --data.name packed --data.path {out}"
+        f"{out}: {manifest.count} {kind} of {shape}{classes}, {size:.2f} GiB in {len(manifest.shards)} shards. Train "
+        f"on it with --data.name packed --data.path {out}"
     )

@@ -12,6 +12,8 @@ from scalelong_fast.data.optional import import_optional
 from scalelong_fast.errors import UserError
 
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L")  # 16-bit grey
+#: Endings of the files that are taken for images.
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 _GREY_MODES = ("1", "L", "LA", "La", *_DEEP_MODES)
 
 
@@ -23,26 +25,28 @@ class ImageHeader(NamedTuple):
     grey: bool
 
 
-def read_header(file: Path) -> ImageHeader:
+def read_header(file: Path, argument: str = "--data.path") -> ImageHeader:
     """Size and kind of an image; colour files count as colour even if all their pixels are grey.
+
+    ``argument`` is what messages call the folder.
 
     Raises:
         UserError: when the file is not a readable image.
     """
-    with _open(file) as image:
+    with _open(file, argument) as image:
         return ImageHeader(image.width, image.height, image.mode in _GREY_MODES)
 
 
-def decode(file: Path, img_size: int | None, grey: bool) -> np.ndarray:
+def decode(file: Path, img_size: int | None, grey: bool, argument: str = "--data.path") -> np.ndarray:
     """Pixels as uint8 of shape (C, H, W), C = 1 if ``grey`` else 3, turned upright by their EXIF mark.
 
     Transparent parts are laid over white. With ``img_size`` the result is that many pixels square: the
-    shorter side is brought to it, then the centre is cut out.
+    shorter side is brought to it, then the centre is cut out. ``argument`` is what messages call the folder.
 
     Raises:
         UserError: when the file is not a readable image.
     """
-    with _open(file) as opened:
+    with _open(file, argument) as opened:
         image = flatten(import_optional("PIL.ImageOps").exif_transpose(opened))
         image = image.convert("L" if grey else "RGB")
         if img_size is not None:
@@ -52,14 +56,14 @@ def decode(file: Path, img_size: int | None, grey: bool) -> np.ndarray:
 
 
 @contextmanager
-def _open(file: Path) -> Iterator[Any]:
+def _open(file: Path, argument: str) -> Iterator[Any]:
     pil_image = import_optional("PIL.Image")
     try:
         with pil_image.open(file) as image:
             yield image
     except Exception as error:  # Pillow's readers let OSError, SyntaxError, ValueError and more through
         raise UserError(
-            f"--data.path: {str(file)!r} cannot be read as an image ({type(error).__name__}: {error}). "
+            f"{argument}: {str(file)!r} cannot be read as an image ({type(error).__name__}: {error}). "
             "Mend or remove the file."
         ) from error
 

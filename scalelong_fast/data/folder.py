@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from scalelong_fast.data.decode import ImageHeader, decode, read_header
+from scalelong_fast.data.decode import IMAGE_SUFFIXES, ImageHeader, decode, read_header
 from scalelong_fast.data.images import ImageDataset
 from scalelong_fast.data.optional import track
 from scalelong_fast.errors import UserError, invalid
 
-_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 _BLOCK = 256
 
 
@@ -37,7 +36,7 @@ def load_folder(path: Path | None, img_size: int | None, progress: bool) -> Imag
     """
     if path is None:
         raise invalid("--data.path", None, "a folder of images", "Give it with --data.path FOLDER.")
-    classes, files, labels = _scan(path)
+    classes, files, labels = scan(path)
     headers = list(_in_threads(read_header, files, "Reading headers", progress))
     side = img_size if img_size is not None else _common_side(files, headers)
     grey = all(header.grey for header in headers)
@@ -66,25 +65,30 @@ def _in_threads(function: Callable[[Path], Any], files: list[Path], description:
     yield from track(results(), len(files), description, progress)
 
 
-def _scan(path: Path) -> tuple[tuple[str, ...], list[Path], list[int]]:
-    """Class names, files, and the class index of each file; no names and no indices when unlabelled."""
+def scan(path: Path, argument: str = "--data.path") -> tuple[tuple[str, ...], list[Path], list[int]]:
+    """Class names, files, and the class index of each file; no names and no indices when unlabelled.
+
+    Raises:
+        UserError: no images, images both beside and inside class folders, or an empty one; ``argument`` is what the
+            message calls the folder.
+    """
     loose = sorted(filter(_is_image, path.iterdir()), key=_by_name)
     folders = (entry for entry in path.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
     found = {folder.name: sorted(_images_below(folder), key=_by_name) for folder in sorted(folders, key=_by_name)}
     if not any(found.values()):
         if not loose:
-            kinds = ", ".join(suffix[1:] for suffix in _SUFFIXES)
-            raise invalid("--data.path", str(path), f"a folder that holds images ({kinds})")
+            kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+            raise invalid(argument, str(path), f"a folder that holds images ({kinds})")
         return (), loose, []
     if loose:
         raise UserError(
-            f"--data.path: {str(path)!r} holds both images of its own (first: {loose[0].name!r}) and class "
+            f"{argument}: {str(path)!r} holds both images of its own (first: {loose[0].name!r}) and class "
             "folders. Move the loose images into a class folder, or all images into one flat folder."
         )
     empty = [name for name, files in found.items() if not files]
     if empty:
         raise UserError(
-            f"--data.path: the class folder {str(path / empty[0])!r} holds no images. Add some or remove it."
+            f"{argument}: the class folder {str(path / empty[0])!r} holds no images. Add some or remove it."
         )
     files = [file for members in found.values() for file in members]
     labels = [index for index, members in enumerate(found.values()) for _ in members]
@@ -98,7 +102,7 @@ def _images_below(folder: Path) -> Iterator[Path]:
 
 
 def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in _SUFFIXES and not _is_hidden(file.name) and file.is_file()
+    return file.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(file.name) and file.is_file()
 
 
 def _by_name(file: Path) -> str:

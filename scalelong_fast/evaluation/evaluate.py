@@ -2,12 +2,10 @@
 
 import dataclasses
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from scalelong_fast.data import TrainingSet, open_training_set
 from scalelong_fast.data.packed import PackedSet
@@ -16,27 +14,32 @@ from scalelong_fast.errors import invalid
 from scalelong_fast.evaluation.conditions import Conditions, by_labels, by_prompts
 from scalelong_fast.evaluation.decoder import LatentDecoder, create_decoder
 from scalelong_fast.evaluation.drawing import Drawing
-from scalelong_fast.evaluation.extractors import (
-    ExtractorIdentity,
-    FeatureExtractor,
-    create_extractor,
-    weights_fingerprint,
-)
+from scalelong_fast.evaluation.extractors import create_extractor, weights_fingerprint
+from scalelong_fast.evaluation.frechet import frechet_distance
 from scalelong_fast.evaluation.options import EvaluationOptions
 from scalelong_fast.evaluation.picture import save_picture
 from scalelong_fast.evaluation.progress import track
 from scalelong_fast.evaluation.reference import Reference, check_extractor, load_reference
-from scalelong_fast.evaluation.results import append_result, read_results
-from scalelong_fast.evaluation.settings import Settings, check_settings, find_protocol, parse_count, resolve_settings
-from scalelong_fast.evaluation.sources import check_pixels, open_images
+from scalelong_fast.evaluation.results import append_result, complete_result, read_results
+from scalelong_fast.evaluation.settings import (
+    Settings,
+    check_settings,
+    find_protocol,
+    parse_count,
+    prompt_deviations,
+    resolve_settings,
+)
+from scalelong_fast.evaluation.sources import check_pixels, decoding_threads, open_images
 from scalelong_fast.evaluation.steps import (
+    Parts,
     check_alike,
     check_kid,
     check_same_weights,
     check_sizes,
     circumstances,
-    compare,
+    compare_kernels,
     draw_features,
+    explain_memory,
     identify,
     measure_reference,
 )
@@ -47,22 +50,6 @@ from scalelong_fast.training.run import RunFolder
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-@dataclass
-class _Parts:
-    """What an evaluation works with; either ``stored`` or ``dataset`` is the reference."""
-
-    device: torch.device
-    model: nn.Module
-    step: int | None
-    weights: str
-    prompts: TrainingSet | None
-    decoder: LatentDecoder | None
-    extractor: FeatureExtractor
-    identity: ExtractorIdentity
-    stored: Reference | None
-    dataset: TrainingSet | None
 
 
 class Evaluation:
@@ -82,6 +69,7 @@ class Evaluation:
         read_results(self.results_file)  # a damaged file is found before the work
         self.config, self.facts = folder.read_config()
         self._shown: tuple[Any, ...] | None = None
+        self._sides: tuple[Any, ...] = ()  # features of both sides, for the kernel distance, and where to compute it
 
     def run(self) -> dict[str, Any] | None:
         """Evaluate, and on the main process store and return the result.
@@ -90,10 +78,17 @@ class Evaluation:
             UserError: bad input, or images that are not finite.
         """
         result = self._from_features() if self.options.features is not None else self._from_model()
-        if result is not None:
-            append_result(self.results_file, result)
-            if self._shown is not None:
-                save_picture(self.picture_file, *self._shown)
+        if result is None:
+            return None
+        # What is computed is stored before anything else can fail.
+        append_result(self.results_file, result)
+        if self.options.kid:
+            self._say(f"The distance {result['fid']:.4f} is stored in {self.results_file}. Now the kernel distance.")
+            with self.ranks.busy():
+                result["kid"] = compare_kernels(*self._sides, seed=self.options.seed)
+            complete_result(self.results_file, result)
+        if self._shown is not None:
+            save_picture(self.picture_file, *self._shown)
         return result
 
     def _from_features(self) -> dict[str, Any] | None:
@@ -113,11 +108,12 @@ class Evaluation:
         check_kid(options.kid, drawn, "--features")
         if not self.ranks.is_main:
             return None
-        distances = compare(drawn.moments, drawn.features, reference, kid=options.kid, seed=options.seed)
+        self._sides = (drawn.features, reference.features, torch.device("cpu"))
         extractor = drawn.extractor or reference.extractor
         unknown = {"name": "unknown", "fingerprint": "unknown", "width": drawn.moments.width}
         return {
-            **distances,
+            "fid": frechet_distance(drawn.moments, reference.moments),
+            "kid": None,
             "n": drawn.moments.count,
             "extractor": unknown if extractor is None else vars(extractor),
             "reference": reference.describe(),
@@ -150,28 +146,27 @@ class Evaluation:
             )
         follow = functools.partial(track, self.console, show=ranks.is_main)
         common = {"device": parts.device, "batch_size": options.batch_size, "ranks": ranks, "track": follow}
-        reference = parts.stored or measure_reference(
-            parts.dataset, parts.extractor, parts.identity.width, kid=options.kid, **common
-        )
-        conditions = self._conditions(settings, parts.prompts, ranks.broadcast(reference.label_counts))
-        drawing = Drawing(
-            parts.model, self.config, conditions, settings.sampler, settings.steps, settings.guidance, parts.decoder
-        )
-        self._say(
-            f"Drawing {settings.images:,} images by {settings.sampler} in {settings.steps} steps"
-            + (f" on {ranks.world} processes." if ranks.several else ".")
-        )
-        drawn = draw_features(drawing, parts.extractor, settings.images, keep=options.kid, **common)
+        with explain_memory(options.batch_size):
+            reference = parts.stored or measure_reference(parts.dataset, parts.extractor, **common)
+            conditions = self._conditions(settings, parts.prompts, ranks.broadcast(reference.label_counts))
+            drawing = Drawing(
+                parts.model, self.config, conditions, settings.sampler, settings.steps, settings.guidance, parts.decoder
+            )
+            self._say(
+                f"Drawing {settings.images:,} images by {settings.sampler} in {settings.steps} steps"
+                + (f" on {ranks.world} processes." if ranks.several else ".")
+            )
+            drawn = draw_features(drawing, parts.extractor, settings.images, keep=options.kid, **common)
         if not ranks.is_main:
             return None
         with ranks.busy():
-            distances = compare(
-                drawn.moments, drawn.features, reference, kid=options.kid, seed=options.seed, device=parts.device
-            )
-        self._shown = (*drawn.first, parts.dataset, reference.features)
+            distance = frechet_distance(drawn.moments, reference.moments)
+        self._sides = (drawn.features, reference.features, parts.device)
+        self._shown = (*drawn.first, parts.dataset, reference)
         prompts, decoder = parts.prompts, parts.decoder
         return {
-            **distances,
+            "fid": distance,
+            "kid": None,
             "n": drawn.moments.count,
             "extractor": vars(parts.identity),
             "reference": reference.describe(),
@@ -191,11 +186,11 @@ class Evaluation:
             },
             "features": None,
             "protocol": settings.protocol,
-            "deviations": [*settings.deviations, *self._further_deviations(settings)],
+            "deviations": [*settings.deviations, *prompt_deviations(settings, options.prompts)],
             **circumstances(parts.device, ranks),
         }
 
-    def _open(self, settings: Settings) -> _Parts:
+    def _open(self, settings: Settings) -> Parts:
         """Load all that is needed, and see that it fits together, before anything is drawn."""
         options, ranks = self.options, self.ranks
         device = resolve_device(ranks.device_name(options.device), "--device")
@@ -219,7 +214,7 @@ class Evaluation:
             if settings.labels == "data":
                 by_labels(0, self.config.num_labels, 0, "data", (1,) * dataset.num_classes or None)
         check_kid(options.kid, stored)
-        return _Parts(device, model, step, weights, prompts, decoder, extractor, identity, stored, dataset)
+        return Parts(device, model, step, weights, prompts, decoder, extractor, identity, stored, dataset)
 
     def _reference(self, image_shape: tuple[int, ...]) -> tuple[Reference | None, TrainingSet | None]:
         """The reference: stored statistics, or a data set still to be measured."""
@@ -227,8 +222,12 @@ class Evaluation:
         if name is not None and name.endswith(".npz"):
             return load_reference(Path(name)), None
         progress = self.ranks.is_main and self.console.is_terminal
+        workers = decoding_threads(self.ranks)
         if name is not None:
-            dataset = open_images(name, img_size=image_shape[-1], progress=progress)
+            dataset = open_images(name, img_size=image_shape[-1], progress=progress, workers=workers)
+        elif self.config.data.name == "folder" and self.config.data.path is not None:
+            # Each process decodes its share, where a training decodes all.
+            dataset = open_images(str(self.config.data.path), img_size=image_shape[-1], workers=workers)
         else:
             dataset = self._training_set(progress)
         check_pixels(dataset, "--reference", image_shape[-1])
@@ -269,11 +268,6 @@ class Evaluation:
         if prompts is not None:
             return by_prompts(settings.images, prompts, (model.num_clip_token, model.clip_dim), seed)
         return by_labels(settings.images, self.config.num_labels, seed, settings.labels, label_counts)
-
-    def _further_deviations(self, settings: Settings) -> list[str]:
-        if settings.protocol is None or settings.labels != "text" or self.options.prompts is not None:
-            return []
-        return ["captions of the training images (validation images)"]
 
     def _step(self) -> int | None:
         """Step of the newest checkpoint, with which the averaged model was stored."""

@@ -100,7 +100,8 @@ def create_extractor(
             or a file: .pt2 of torch.export, .pt of TorchScript.
         device: where to compute.
         weights: file of Inception's weights, where they cannot be downloaded.
-        ranks: the processes of the evaluation, all of which call this; the first one trains ``digits`` for all.
+        ranks: the processes of the evaluation, all of which call this; the first one trains ``digits`` for all, the
+            first one of each machine downloads Inception's weights.
 
     Raises:
         UserError: unknown name, missing package or weights, or a factory or file that does not give a network.
@@ -108,10 +109,12 @@ def create_extractor(
     device = torch.device(device)
     if weights is not None and name != "inception":
         raise invalid("--extractor-weights", str(weights), "none, since only inception reads them", "Leave it out.")
+    ranks = ranks or Ranks()
     if name == "inception":
-        return FeatureExtractor(name, _inception(weights).to(device))
+        network = _inception(weights) if ranks.local_rank == 0 else None
+        ranks.barrier()  # the others find what was downloaded
+        return FeatureExtractor(name, (network or _inception(weights)).to(device))
     if name == "digits":
-        ranks = ranks or Ranks()
         # Another processor may round otherwise while it trains, and all must have the same weights.
         network = train_digits_classifier() if ranks.is_main else DigitsClassifier().eval().requires_grad_(False)
         network.load_state_dict(ranks.broadcast(network.state_dict()))
@@ -182,7 +185,13 @@ def _from_factory(name: str) -> nn.Module:
         ) from error
     finally:
         sys.path.remove(os.getcwd())
-    network = factory if isinstance(factory, nn.Module) else factory()
+    try:
+        network = factory if isinstance(factory, nn.Module) else factory()
+    except UserError:
+        raise
+    except Exception as error:  # it is anybody's code
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise invalid("--extractor", name, "a factory that takes no arguments", f"It failed: {reason}") from error
     if not isinstance(network, nn.Module):
         raise invalid("--extractor", name, "a factory that returns an nn.Module", f"It gave {type(network).__name__}.")
     return network

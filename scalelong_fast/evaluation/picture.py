@@ -8,13 +8,11 @@ from torch import Tensor
 
 from scalelong_fast.data.training_set import TrainingSet
 from scalelong_fast.errors import UserError
+from scalelong_fast.evaluation.reference import Reference
 from scalelong_fast.training.figures import image_grid, save_png
 
 #: Generated images shown, and neighbours of each.
 SHOWN, NEIGHBOURS = 10, 5
-
-#: Features of a reference up to this size are kept for the search of neighbours.
-KEPT_BYTES = 1 << 30
 
 
 def nearest(features: Tensor, reference: Tensor, count: int = NEIGHBOURS) -> Tensor:
@@ -24,7 +22,7 @@ def nearest(features: Tensor, reference: Tensor, count: int = NEIGHBOURS) -> Ten
 
 
 def save_picture(
-    path: Path, images: Tensor, features: Tensor, dataset: TrainingSet | None, reference: Tensor | None
+    path: Path, images: Tensor, features: Tensor, dataset: TrainingSet | None, reference: Reference
 ) -> None:
     """Write a grid: a row for each generated image, itself first, then its nearest neighbours in the reference.
 
@@ -32,18 +30,18 @@ def save_picture(
         path: of the PNG.
         images: uint8 ``(B, C, H, W)``, drawn.
         features: ``(B, F)``, theirs.
-        dataset: the reference, or None: the grid has the drawn images alone.
-        reference: ``(N, F)``, features of the data set.
+        dataset: what the reference was measured on, or None: the grid has the drawn images alone.
+        reference: with the features that were kept.
 
     Raises:
         UserError: it cannot be written.
     """
     rows = _as_pixels(images)
     columns = len(rows)
-    if dataset is not None and reference is not None:
-        found = nearest(features, reference)
+    if dataset is not None and reference.features is not None and reference.kept is not None:
+        found = nearest(features, reference.features)
         columns = 1 + found.shape[1]
-        neighbours = dataset.fetch(found.flatten()).images
+        neighbours = dataset.fetch(reference.kept[found.flatten()]).images
         assert neighbours is not None
         beside = _as_pixels(neighbours).reshape(*found.shape, *rows.shape[1:])
         rows = np.concatenate([rows[:, None], beside], axis=1).reshape(-1, *rows.shape[1:])

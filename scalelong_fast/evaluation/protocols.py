@@ -15,7 +15,7 @@ class Protocol:
     """One way to measure.
 
     Attributes:
-        name: what ``--protocol`` calls it.
+        name: what ``--protocol`` calls it: the start of the names of its presets and data sets, and the images.
         images: number of generated images.
         sampler, steps, guidance: how they are drawn. The guidance weight w is that of null + w (conditional − null);
             U-ViT's code counts from 0, so that its scale s is our w = s + 1.
@@ -108,15 +108,6 @@ PROTOCOLS: dict[str, Protocol] = {
     )
 }
 
-#: Protocols by the start of a preset's or a data set's name.
-_BY_NAME = {
-    "cifar10": "cifar10-50k",
-    "celeba64": "celeba64-50k",
-    "imagenet64": "imagenet64-50k",
-    "coco": "coco-30k",
-    "digits": "digits-10k",
-}
-
 
 def list_protocols() -> list[str]:
     """Names of the protocols."""
@@ -137,7 +128,7 @@ def get_protocol(name: str) -> Protocol:
 def protocol_for(*names: str | None) -> Protocol | None:
     """The protocol of a preset or data set: of the first of ``names`` that has one, or None."""
     for name in names:
-        for start, protocol in _BY_NAME.items():
-            if name and name.startswith(start):
-                return PROTOCOLS[protocol]
+        for protocol in PROTOCOLS.values():
+            if name and name.startswith(protocol.name.split("-")[0]):
+                return protocol
     return None

@@ -3,7 +3,8 @@
 import json
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scalelong_fast.data.training_set import TrainingSet
+from scalelong_fast.data.training_set import HostBatch, TrainingSet
 from scalelong_fast.errors import UserError, invalid
 from scalelong_fast.evaluation.extractors import ExtractorIdentity, FeatureExtractor
 from scalelong_fast.evaluation.moments import Moments, RunningMoments, moments_of
-from scalelong_fast.evaluation.sharing import gather_features, own_batches
+from scalelong_fast.evaluation.pool import FeaturePool
+from scalelong_fast.evaluation.sharing import own_batches
 from scalelong_fast.training.files import write_atomically
 from scalelong_fast.training.ranks import Ranks
 from scalelong_fast.version import __version__
@@ -34,7 +36,9 @@ class Reference:
         extractor: what made the features; None where a file does not say.
         data_fingerprint: of the data set; None where a file does not say.
         label_counts: images of each class, of a labelled data set.
-        features: ``(N, F)`` float32, where they were kept.
+        features: ``(K, F)`` float32, where they were kept; of a large data set those of some images, see
+            :mod:`scalelong_fast.evaluation.pool`.
+        kept: int64 ``(K,)``, which images of a data set these are.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Reference:
     data_fingerprint: str | None = None
     label_counts: tuple[int, ...] | None = None
     features: Tensor | None = None
+    kept: Tensor | None = None
 
     def describe(self) -> dict[str, Any]:
         """What a result says of its reference."""
@@ -189,12 +194,13 @@ def measure_dataset(
     ranks: Ranks | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reference:
-    """Statistics of all images of a data set, each process taking its share.
+    """Statistics of all images of a data set, each process taking its share; a batch is read while the one before it
+    is gone through.
 
     Args:
         dataset: a set of pixels.
         extractor: on ``device``.
-        keep: keep the features too (on the main process).
+        keep: keep features too (on the main process), see :mod:`scalelong_fast.evaluation.pool`.
         progress: called with (images of this process done, their number).
 
     Raises:
@@ -204,12 +210,12 @@ def measure_dataset(
     if len(dataset) < 2:
         raise invalid("--reference", f"{len(dataset)} image in {dataset.name!r}", "at least 2")
     running: RunningMoments | None = None
-    kept: list[Tensor] = []
+    pool = FeaturePool(len(dataset)) if keep else None
     counts = torch.zeros(dataset.num_classes, dtype=torch.int64)
     # Every process extracts something, so that all know the width even if there are fewer batches than processes.
     batches = list(own_batches(len(dataset), batch_size, ranks))
-    for number, indices in enumerate(batches or [torch.arange(1)]):
-        batch = dataset.fetch(indices)
+    every = batches or [torch.arange(1)]
+    for number, (indices, batch) in enumerate(zip(every, _read_ahead(dataset, every), strict=True)):
         assert batch.images is not None
         features = extractor(batch.images.to(device))
         ranks.beat()
@@ -218,15 +224,26 @@ def measure_dataset(
             running.add(features)
             if batch.labels is not None:
                 counts += batch.labels.bincount(minlength=len(counts))
-            if keep:
-                kept.append(features.cpu())
+            if pool is not None:
+                pool.add(indices, features)
             if progress is not None:
                 progress(min((number + 1) * batch_size, len(batches) * batch_size), len(batches) * batch_size)
     assert running is not None
     running.merge_across_ranks()
     label_counts = tuple(map(sum, zip(*ranks.gather(counts.tolist()), strict=True))) or None
     moments = running.result()
-    reference = Reference(dataset.name, moments, extractor.identity(), dataset.fingerprint(), label_counts)
-    if not keep:
+    fingerprint = ranks.broadcast(dataset.fingerprint() if ranks.is_main else None)
+    reference = Reference(dataset.name, moments, extractor.identity(), fingerprint, label_counts)
+    if pool is None:
         return reference
-    return replace(reference, features=gather_features(kept, len(dataset), batch_size, ranks))
+    return replace(reference, features=pool.gather(ranks), kept=pool.images)
+
+
+def _read_ahead(dataset: TrainingSet, batches: list[Tensor]) -> Iterator[HostBatch]:
+    """The samples of each batch; the next one is read in a thread meanwhile."""
+    with ThreadPoolExecutor(1, thread_name_prefix="reference") as thread:
+        coming = thread.submit(dataset.fetch, batches[0])
+        for following in batches[1:]:
+            batch, coming = coming.result(), thread.submit(dataset.fetch, following)
+            yield batch
+        yield coming.result()

@@ -34,12 +34,24 @@ def append_result(path: Path, result: dict[str, Any]) -> None:
     Raises:
         UserError: it cannot be written; earlier results are untouched.
     """
-    results = read_results(path)
+    _write(path, [*read_results(path), result])
+
+
+def complete_result(path: Path, result: dict[str, Any]) -> None:
+    """Replace the newest result of the file by what it has become.
+
+    Raises:
+        UserError: it cannot be written; what was there is untouched.
+    """
+    _write(path, [*read_results(path)[:-1], result])
+
+
+def _write(path: Path, results: list[dict[str, Any]]) -> None:
     try:
-        write_json(path, [*results, result])
+        write_json(path, results)
     except OSError as error:
         raise UserError(
-            f"RUN: cannot write {path} ({error}); earlier results are untouched. The new one: {json.dumps(result)}"
+            f"RUN: cannot write {path} ({error}); earlier results are untouched. The new one: {json.dumps(results[-1])}"
         ) from error
 
 
@@ -52,7 +64,9 @@ def as_table(result: dict[str, Any]) -> "Table":
     table.add_row("FID" if extractor["name"] == "inception" else "Fréchet distance", f"[bold]{result['fid']:.4f}")
     if result["kid"] is not None:
         kid = result["kid"]
-        table.add_row("KID", f"{kid['mean']:.6f} ± {kid['std']:.6f} over {kid['subsets']} subsets of {kid['size']}")
+        of = f"of {kid['of_generated']:,} generated and {kid['of_reference']:,} reference images"
+        subsets = f"{kid['subsets']} subsets of {kid['size']}"
+        table.add_row("KID", f"{kid['mean']:.6f} ± {kid['std']:.6f} over {subsets}, {of}")
     table.add_row("generated images", f"{result['n']:,}" if result["n"] else "number unknown")
     counted = f"{reference['n']:,} images" if reference["n"] else "number of images unknown"
     table.add_row("reference", f"{reference['name']} ({counted}, data {reference['data_fingerprint'] or 'unknown'})")

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from scalelong_fast.diffusion import default_steps, resolve_sampler
@@ -105,6 +106,13 @@ def resolve_settings(
         f"{name} {getattr(settings, name)} ({asked[name]})" for name in names if getattr(settings, name) != asked[name]
     ]
     return Settings(**{**vars(settings), "deviations": tuple(deviations)})
+
+
+def prompt_deviations(settings: Settings, prompts: Path | None) -> list[str]:
+    """How the captions differ from the protocol's, which are those of the validation images."""
+    if settings.protocol is None or settings.labels != "text" or prompts is not None:
+        return []
+    return ["captions of the training images (validation images)"]
 
 
 def check_settings(config: RunConfig, settings: Settings) -> None:

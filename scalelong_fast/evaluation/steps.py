@@ -2,35 +2,47 @@
 
 import platform
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalelong_fast.data import TrainingSet
 from scalelong_fast.errors import UserError, invalid
+from scalelong_fast.evaluation.decoder import LatentDecoder
 from scalelong_fast.evaluation.drawing import Drawing
 from scalelong_fast.evaluation.extractors import ExtractorIdentity, FeatureExtractor
-from scalelong_fast.evaluation.frechet import (
-    KID_SUBSET_SIZE,
-    KID_SUBSETS,
-    frechet_distance,
-    import_kernel_distance,
-    kernel_distance,
-)
+from scalelong_fast.evaluation.frechet import KID_SUBSET_SIZE, KID_SUBSETS, import_kernel_distance, kernel_distance
 from scalelong_fast.evaluation.moments import Moments, RunningMoments
-from scalelong_fast.evaluation.picture import KEPT_BYTES, SHOWN
+from scalelong_fast.evaluation.picture import SHOWN
+from scalelong_fast.evaluation.pool import FeaturePool, bounded
 from scalelong_fast.evaluation.reference import Reference, measure_dataset
-from scalelong_fast.evaluation.sharing import gather_features, own_batches
+from scalelong_fast.evaluation.sharing import own_batches
 from scalelong_fast.training.ranks import Ranks
 
 #: ``track(description, total)``: a context that gives a function to call with the number done.
 Track = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass
+class Parts:
+    """What an evaluation works with; either ``stored`` or ``dataset`` is the reference."""
+
+    device: torch.device
+    model: nn.Module
+    step: int | None
+    weights: str
+    prompts: TrainingSet | None
+    decoder: LatentDecoder | None
+    extractor: FeatureExtractor
+    identity: ExtractorIdentity
+    stored: Reference | None
+    dataset: TrainingSet | None
 
 
 @dataclass
@@ -39,7 +51,7 @@ class Drawn:
 
     Attributes:
         moments: of all features.
-        features: ``(N, F)``, if kept, on the main process.
+        features: ``(K, F)``, if kept, on the main process.
         first: the first few images and their features, on the main process.
         seconds: that drawing and extracting took.
     """
@@ -99,13 +111,13 @@ def draw_features(
     """Draw ``total`` images and extract their features, each process its share of the batches.
 
     Args:
-        keep: keep all features, for the kernel distance.
+        keep: keep features, for the kernel distance.
 
     Raises:
         UserError: features that are not finite: the model has diverged.
     """
     running: RunningMoments | None = None
-    kept: list[Tensor] = []
+    pool = FeaturePool(total) if keep else None
     first: tuple[Tensor, Tensor] | None = None
     batches = list(own_batches(total, batch_size, ranks))
     start = time.perf_counter()
@@ -120,38 +132,35 @@ def draw_features(
             features = extractor(images)
             running = running or RunningMoments(features.shape[1], device)
             running.add(features)
-            if keep:
-                kept.append(features.cpu())
+            if pool is not None:
+                pool.add(indices, features)
             if ranks.is_main and first is None:
                 first = images[:SHOWN].cpu(), features[:SHOWN].cpu()
     if running is None:  # fewer batches than processes
         running = RunningMoments(extractor.identity().width, device)
     running.merge_across_ranks()
     moments = running.result()
-    features = gather_features(kept, total, batch_size, ranks) if keep else None
+    features = None if pool is None else pool.gather(ranks)
     return Drawn(moments, features, first, time.perf_counter() - start)
 
 
 def measure_reference(
     dataset: TrainingSet,
     extractor: FeatureExtractor,
-    width: int,
     *,
     device: torch.device,
     batch_size: int,
-    kid: bool,
     ranks: Ranks,
     track: Track,
 ) -> Reference:
-    """Statistics of a data set; features are kept for the kernel distance, and for neighbours if that is cheap."""
-    keep = kid or 4 * width * len(dataset) <= KEPT_BYTES
+    """Statistics of a data set; features are kept for neighbours and for the kernel distance."""
     with track("reference", len(list(own_batches(len(dataset), batch_size, ranks))) * batch_size) as show:
         return measure_dataset(
             dataset,
             extractor,
             device=device,
             batch_size=batch_size,
-            keep=keep,
+            keep=True,
             ranks=ranks,
             progress=lambda done, _: show(done),
         )
@@ -167,24 +176,39 @@ def check_sizes(dataset: TrainingSet, image_shape: tuple[int, int, int]) -> None
         )
 
 
-def compare(
-    drawn: Moments,
-    features: Tensor | None,
-    reference: Reference,
-    *,
-    kid: bool,
-    seed: int,
-    device: torch.device | str = "cpu",
-) -> dict[str, Any]:
-    """The distances, as a result holds them; with ``kid`` both sides have features, see :func:`check_kid`."""
-    result: dict[str, Any] = {"fid": frechet_distance(drawn, reference.moments), "kid": None}
-    if kid:
-        assert features is not None
-        assert reference.features is not None
-        mean, deviation = kernel_distance(features, reference.features, seed, device)
-        size = min(KID_SUBSET_SIZE, len(features), len(reference.features))
-        result["kid"] = {"mean": mean, "std": deviation, "subsets": KID_SUBSETS, "size": size}
-    return result
+def compare_kernels(features: Tensor, reference: Tensor, device: torch.device, seed: int) -> dict[str, Any]:
+    """The kernel distance of two sets of features, as a result holds it; on the CPU where the GPU's memory is short."""
+    features, reference = bounded(features), bounded(reference)
+    try:
+        mean, deviation = kernel_distance(features, reference, seed, device)
+    except torch.OutOfMemoryError:
+        mean, deviation = kernel_distance(features, reference, seed, "cpu")
+    return {
+        "mean": mean,
+        "std": deviation,
+        "subsets": KID_SUBSETS,
+        "size": min(KID_SUBSET_SIZE, len(features), len(reference)),
+        "of_generated": len(features),
+        "of_reference": len(reference),
+    }
+
+
+@contextmanager
+def explain_memory(batch_size: int) -> Iterator[None]:
+    """One line with the mend where a GPU's memory is too small for a batch.
+
+    Raises:
+        UserError: it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = ". ".join(str(error).split(". ")[:2])
+        smaller = f", e.g. --batch-size {batch_size // 2}" if batch_size > 1 else " by another process on this GPU"
+        raise UserError(
+            f"--batch-size: {batch_size} images at once need more memory than the GPU has ({reason}). Take less"
+            f"{smaller}; the result is the same."
+        ) from error
 
 
 def check_kid(kid: bool, reference: Reference | None, argument: str = "--reference") -> None:

@@ -112,11 +112,14 @@ def test_a_source_that_changed_cannot_mend_a_shard(pack_images):
     (packed.path / "shard-00001.images.bin").unlink()
     other = rows(packed, 1)
     other["images"] = 255 - other["images"]
+    other["labels"] = 2 - other["labels"]
+    before = content(packed.path)
     with (
         PackedWriter(packed.path, packed.plan) as writer,
-        pytest.raises(UserError, match=r"shard-00001\.images\.bin came out differently"),
+        pytest.raises(UserError, match=r"shard-00001\.images\.bin would come out differently .*nothing was changed"),
     ):
         writer.write_shard(1, other)
+    assert content(packed.path) == before
 
 
 def test_other_settings_are_refused_by_name_and_change_nothing(pack_images):
@@ -126,6 +129,18 @@ def test_other_settings_are_refused_by_name_and_change_nothing(pack_images):
     with pytest.raises(UserError, match=r"count was 10, now 11; source\.images was 10, now 11"):
         PackedWriter(packed.path, other)
     assert content(packed.path) == before
+
+
+def test_other_settings_before_the_first_shard_are_taken(pack_images):
+    packed = pack_images(todo=[])
+    other = dataclasses.replace(packed.plan, shard_size=5)
+    with PackedWriter(packed.path, other) as writer:
+        assert writer.todo == [0, 1]
+        writer.write_shard(0, {"images": packed.images[:5].numpy(), "labels": packed.labels[:5].numpy()})
+    with pytest.raises(UserError, match="shard_size was 5, now 4"):
+        PackedWriter(packed.path, packed.plan)
+    with PackedWriter(packed.path, other) as writer:
+        assert writer.todo == [1]
 
 
 def test_a_source_that_was_moved_is_the_same(pack_images):

@@ -109,5 +109,7 @@ def test_a_turned_photograph_is_turned_by_its_mark(tmp_path):
     source = Source(["photo"], lambda index: file.getvalue(), None, (), None, {})
     for name, expected in (("adm", np.asarray(image)), ("upright", np.asarray(image)[::-1, ::-1])):
         reader = PixelReader(source, CROPS[name], 8, 3, workers=1)
-        assert np.array_equal(reader.read(range(1), lambda count: None)[0], expected.transpose(2, 0, 1))
+        images, kept = reader.read(range(1), lambda count: None)
+        assert kept == [0]
+        assert np.array_equal(images[0], expected.transpose(2, 0, 1))
         reader.close()

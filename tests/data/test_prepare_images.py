@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scalelong_fast.data.packed import PackedSet, verify
-from scalelong_fast.data.prepare import RECIPES, Request, prepare
+from scalelong_fast.data.prepare import RECIPES, PrepareOptions, Request, prepare
 from scalelong_fast.data.prepare import run as run_module
 from scalelong_fast.data.prepare.pixels import PixelPacker
 from scalelong_fast.errors import UserError
@@ -31,8 +31,8 @@ def folder(tmp_path_factory):
 
 
 def request(folder, out, name="imagenet64", **options):
-    options = {"size": 16, "shard_mib": 1, "workers": 2, **options}
-    return Request(RECIPES[name], Path(out), torch.device("cpu"), source=str(folder), **options)
+    options = {"size": 16, "shard_mib": 1, "workers": 2, "allow_partial": True, **options}
+    return Request(RECIPES[name], Path(out), torch.device("cpu"), PrepareOptions(source=str(folder), **options))
 
 
 @pytest.fixture
@@ -153,7 +153,9 @@ def test_an_image_that_cannot_be_read_is_named(folder, tmp_path):
     root = tmp_path / "broken" / "class"
     root.mkdir(parents=True)
     (root / "1.jpg").write_bytes(b"not an image")
-    with pytest.raises(UserError, match=r"'class/1\.jpg' cannot be read as an image.*Mend or remove it"):
+    with pytest.raises(
+        UserError, match=r"'class/1\.jpg' cannot be read as an image.*kept\. Leave it out with --skip-un"
+    ):
         prepare(request(tmp_path / "broken", tmp_path / "out"))
 
 
@@ -163,7 +165,97 @@ def test_all_images_of_a_shard_that_cannot_be_read_are_named(folder, tmp_path):
     for file in (files[1], files[-1]):
         file.write_bytes(b"not an image")
     first, last = (file.relative_to(root).as_posix() for file in (files[1], files[-1]))
-    with pytest.raises(UserError, match=f"{first}' cannot be read.*nor can 1 more .*{last}.*into an empty folder"):
+    with pytest.raises(
+        UserError, match=f"{first}' cannot be read.*nor can 1 more .*{last}.*mend or remove them, and run the same"
+    ):
+        prepare(request(root, tmp_path / "out"))
+
+
+@pytest.fixture
+def broken(folder, tmp_path):
+    """The folder with two images in the second of three shards, and one in the third, that cannot be read."""
+    root = shutil.copytree(folder, tmp_path / "broken")
+    names = [file.relative_to(root).as_posix() for file in sorted(root.rglob("*.png"))]
+    for index in (6, 9, 11):
+        (root / names[index]).write_bytes(b"not an image")
+    return root, names
+
+
+def test_images_that_cannot_be_read_are_left_out_and_named(broken, folder, tmp_path, small_shards):
+    root, names = broken
+    with pytest.raises(UserError, match=r"packed so far is kept\. Leave them out with --skip-unreadable"):
+        prepare(request(root, tmp_path / "out"))
+    first = (tmp_path / "out" / "shard-00000.images.bin").stat().st_mtime_ns
+    manifest = prepare(request(root, tmp_path / "out", skip_unreadable=True))
+    assert (tmp_path / "out" / "shard-00000.images.bin").stat().st_mtime_ns == first
+    assert manifest.skipped == [names[6], names[9], names[11]]
+    assert [shard.count for shard in manifest.shards] == [5, 3, 1]
+    shards = json.loads((tmp_path / "out" / "manifest.json").read_text())["shards"]
+    assert [shard["skipped"] for shard in shards] == [[], [names[6], names[9]], [names[11]]]
+
+    prepare(request(folder, tmp_path / "whole"))
+    kept = torch.tensor([0, 1, 2, 3, 4, 5, 7, 8, 10])
+    dataset, whole = PackedSet(tmp_path / "out"), PackedSet(tmp_path / "whole").fetch(kept)
+    assert len(dataset) == 9
+    # Backwards, so that each image is looked for by its own number.
+    found = dataset.fetch(torch.arange(8, -1, -1))
+    assert torch.equal(found.images.flip(0), whole.images)
+    assert torch.equal(found.labels.flip(0), whole.labels)
+    before = content(tmp_path / "out")
+    prepare(request(root, tmp_path / "out", verify=True))
+    assert content(tmp_path / "out") == before
+
+
+def test_a_shard_with_left_out_images_is_mended_like_any_other(broken, tmp_path, small_shards):
+    prepare(request(broken[0], tmp_path / "out", skip_unreadable=True))
+    file = tmp_path / "out" / "shard-00001.images.bin"
+    good = file.read_bytes()
+    file.write_bytes(bytes(len(good)))
+    prepare(request(broken[0], tmp_path / "out", skip_unreadable=True, verify=True))
+    assert file.read_bytes() == good
+    assert verify(tmp_path / "out") == {}
+
+
+def test_a_source_of_which_nothing_can_be_read_is_not_skipped(tmp_path):
+    root = tmp_path / "broken" / "class"
+    root.mkdir(parents=True)
+    for index in range(3):
+        (root / f"{index}.jpg").write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"none of the 3 images from 'class/0\.jpg' to 'class/2\.jpg' can be read"):
+        prepare(request(tmp_path / "broken", tmp_path / "out", skip_unreadable=True))
+
+
+@pytest.mark.parametrize("mend", ["replace", "remove"])
+def test_the_same_command_goes_on_after_the_source_was_mended(broken, folder, tmp_path, small_shards, mend):
+    root, names = broken
+    with pytest.raises(UserError, match="kept"):
+        prepare(request(root, tmp_path / "out"))
+    first = (tmp_path / "out" / "shard-00000.images.bin").stat().st_mtime_ns
+    for index in (6, 9, 11):
+        (root / names[index]).unlink()
+        if mend == "replace":
+            shutil.copy(folder / names[index], root / names[index])
+    manifest = prepare(request(root, tmp_path / "out"))
+    assert (tmp_path / "out" / "shard-00000.images.bin").stat().st_mtime_ns == first
+    assert manifest == prepare(request(root, tmp_path / "fresh"))
+    prepare(request(root, tmp_path / "out"))
+    assert manifest.count == (12 if mend == "replace" else 9)
+
+
+def test_an_image_of_a_finished_shard_must_not_change(broken, tmp_path, small_shards):
+    root, names = broken
+    with pytest.raises(UserError, match="kept"):
+        prepare(request(root, tmp_path / "out"))
+    (root / names[0]).write_bytes((root / names[0]).read_bytes() + b"x")
+    with pytest.raises(UserError, match=r"begun with other settings \(source\.fingerprint was"):
+        prepare(request(root, tmp_path / "out"))
+
+
+def test_a_finished_set_does_not_grow(folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "growing")
+    prepare(request(root, tmp_path / "out"))
+    shutil.copy(next(root.rglob("*.png")), root / "class_1" / "zz.png")
+    with pytest.raises(UserError, match="count was 12, now 13"):
         prepare(request(root, tmp_path / "out"))
 
 
@@ -172,7 +264,7 @@ def test_a_source_that_fails_is_no_broken_image(folder, tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(Path, "read_bytes", fail)
-    with pytest.raises(UserError, match=r"Input/output error.*bring the source back.*same command again"):
+    with pytest.raises(UserError, match=r"Input/output error: 'class_0/00\.png'.*bring the source back.*same comm"):
         prepare(request(folder, tmp_path / "out"))
 
 

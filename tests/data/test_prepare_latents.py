@@ -1,6 +1,7 @@
 """Captioned images to latents and text features, by tiny networks of the real classes."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from scalelong_fast.data.packed import PackedSet
-from scalelong_fast.data.prepare import RECIPES, Request, prepare
+from scalelong_fast.data.prepare import RECIPES, PrepareOptions, Request, prepare
 from scalelong_fast.data.prepare.encoders import ImageEncoder, TextEncoder
 from scalelong_fast.data.prepare.latents import LatentPacker
 from scalelong_fast.errors import UserError
@@ -80,9 +81,7 @@ def request(coco, encoders, out, **options):
         RECIPES["coco256"],
         Path(out),
         torch.device("cpu"),
-        source=str(coco / "train2014"),
-        captions=coco / "captions.json",
-        **{**names, **options},
+        PrepareOptions(source=str(coco / "train2014"), captions=coco / "captions.json", **{**names, **options}),
     )
 
 
@@ -157,6 +156,26 @@ def test_an_interrupted_encoding_goes_on_to_the_same_bytes(coco, encoders, tmp_p
     assert not (tmp_path / "part" / "manifest.json").exists()
     prepare(request(coco, encoders, tmp_path / "part"))
     assert content(tmp_path / "part") == content(tmp_path / "whole")
+
+
+def test_images_that_cannot_be_read_take_their_captions_with_them(coco, encoders, tmp_path, small_shards):
+    root = shutil.copytree(coco, tmp_path / "coco")
+    for index in (1, 4):
+        (root / "train2014" / f"COCO_{index:03d}.jpg").write_bytes(b"not an image")
+    # Three images in the first shard, so that one of its batches has a broken image; the other shard has one and one.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LatentPacker, "sample_bytes", lambda self: (512 << 20) // 3)
+        manifest = prepare(request(root, encoders, tmp_path / "out", skip_unreadable=True))
+    assert manifest.skipped == ["COCO_001.jpg", "COCO_004.jpg"]
+    prepare(request(coco, encoders, tmp_path / "whole"))
+    part, whole = PackedSet(tmp_path / "out"), PackedSet(tmp_path / "whole")
+    for index, of in enumerate((0, 2, 3)):
+        for number in range(len(CAPTIONS[of])):
+            captions = np.array([number], np.uint64)
+            found, expected = part.fetch(torch.tensor([index]), captions), whole.fetch(torch.tensor([of]), captions)
+            # Batches of another size may round otherwise.
+            torch.testing.assert_close(found.moments.float(), expected.moments.float(), rtol=2**-7, atol=1e-5)
+            torch.testing.assert_close(found.text.float(), expected.text.float(), rtol=2**-7, atol=1e-5)
 
 
 def test_other_weights_under_the_same_name_are_noticed(coco, encoders, tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -12,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from scalelong_fast.data.prepare import RECIPES, Request
+from scalelong_fast.data.prepare import RECIPES, PrepareOptions, Request
 from scalelong_fast.data.prepare.captions import add_captions
 from scalelong_fast.data.prepare.files import open_archive, open_folder
 from scalelong_fast.data.prepare.run import open_source
-from scalelong_fast.data.prepare.source import classes_of, without_common_folder
+from scalelong_fast.data.prepare.source import UnreadableError, classes_of, without_common_folder
 from scalelong_fast.errors import UserError
 
 Image = pytest.importorskip("PIL.Image")
@@ -72,7 +73,8 @@ def flat(images):
 
 
 def request(name, source, **options):
-    return Request(RECIPES[name], Path("out"), torch.device("cpu"), source=str(source), **options)
+    options = {"allow_partial": True, **options}
+    return Request(RECIPES[name], Path("out"), torch.device("cpu"), PrepareOptions(source=str(source), **options))
 
 
 class TestFilesAndArchives:
@@ -297,7 +299,7 @@ class TestTables:
         datasets.Dataset.from_dict({"image": rows, "label": [0, 1]}, features=features).save_to_disk(tmp_path / "saved")
         source = open_source(request("imagenet64", tmp_path / "saved"))
         assert source.class_names == ("0", "1")
-        with pytest.raises(UserError, match=r"row 1 of .* has no image"):
+        with pytest.raises(UnreadableError, match=r"row 1 of .* has no image"):
             source.read(1)
 
     def test_the_hub_is_asked_for_a_revision(self, monkeypatch, datasets, table, images):
@@ -318,6 +320,40 @@ class TestTables:
         assert asked == [("owner/name", "v1"), ("owner/name", {"split": "val", "revision": "abc123"})]
         assert source.facts["revision"] == "abc123"
 
+    def test_a_restart_asks_for_the_commit_that_it_was_begun_with(self, monkeypatch, datasets, table, images, tmp_path):
+        hub = pytest.importorskip("huggingface_hub")
+        monkeypatch.setattr(hub.HfApi, "dataset_info", lambda *args, **options: pytest.fail("asked for the newest"))
+        asked = []
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append(options) or table)
+        source = {"kind": "hub", "path": "owner/name", "revision": "abc123"}
+        (tmp_path / "journal.jsonl").write_text(json.dumps({"plan": {"source": source}}) + "\n")
+        for revision in (None, "abc123"):
+            begun = request("imagenet64", "owner/name", revision=revision)
+            self.assert_is_the_table(open_source(dataclasses.replace(begun, out=tmp_path)), images)
+        assert asked == [{"split": "train", "revision": "abc123"}] * 2
+
+    @pytest.mark.parametrize("cached", ["a" * 40, "b" * 40])
+    def test_a_restart_without_a_network_reads_the_cache(self, monkeypatch, datasets, table, images, tmp_path, cached):
+        """The cache is laid out as datasets does after a download; a copy of another commit is refused."""
+        hub = pytest.importorskip("huggingface_hub")
+        monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        table.to_parquet(tmp_path / "train.parquet")
+        builder = datasets.load_dataset_builder("parquet", data_files={"train": str(tmp_path / "train.parquet")})
+        builder.download_and_prepare()
+        place = tmp_path / "cache" / "owner___name" / "default" / "0.0.0" / cached
+        shutil.copytree(builder.cache_dir, place)
+        (place / "parquet-train.arrow").rename(place / "name-train.arrow")
+        source = {"kind": "hub", "path": "owner/name", "revision": "a" * 40}
+        (tmp_path / "journal.jsonl").write_text(json.dumps({"plan": {"source": source}}) + "\n")
+        begun = dataclasses.replace(request("imagenet64", "owner/name"), out=tmp_path)
+        if cached == "a" * 40:
+            self.assert_is_the_table(open_source(begun), images)
+        else:
+            with pytest.raises(UserError, match=rf"is of revision {cached}, not of {'a' * 40}"):
+                open_source(begun)
+
     def test_a_failed_download_says_what_to_do(self, monkeypatch, datasets):
         hub = pytest.importorskip("huggingface_hub")
 
@@ -325,7 +361,7 @@ class TestTables:
             raise ConnectionError("no network")
 
         monkeypatch.setattr(hub.HfApi, "dataset_info", fail)
-        default = Request(RECIPES["imagenet64"], Path("out"), torch.device("cpu"))
+        default = Request(RECIPES["imagenet64"], Path("out"), torch.device("cpu"), PrepareOptions())
         with pytest.raises(UserError, match=r"'ILSVRC/imagenet-1k'.*ConnectionError: no network.*hf auth login"):
             open_source(default)
 
@@ -389,12 +425,37 @@ class TestRequests:
 
     def test_coco_has_no_place_of_its_own(self):
         with pytest.raises(UserError, match="--source: got None"):
-            open_source(Request(RECIPES["coco256"], Path("out"), torch.device("cpu")))
+            open_source(Request(RECIPES["coco256"], Path("out"), torch.device("cpu"), PrepareOptions()))
 
     def test_labels_are_demanded(self, tmp_path, images):
         write_folder(tmp_path, {"1.png": images["a/2.png"]})
         with pytest.raises(UserError, match=r"imagenet64 is labelled: give class folders"):
             open_source(request("imagenet64", tmp_path))
+
+    def test_a_source_that_is_not_complete_is_refused(self, tmp_path, images, monkeypatch):
+        write_folder(tmp_path, images)
+        counts = {"train": 5, "validation": 3}
+        monkeypatch.setitem(RECIPES, "imagenet64", dataclasses.replace(RECIPES["imagenet64"], counts=counts))
+        partial = request("imagenet64", tmp_path, allow_partial=False)
+        with pytest.raises(
+            UserError, match=r"has 4 images, imagenet64 5 \(train\) or 3 \(validation\).*--allow-partial"
+        ):
+            open_source(partial)
+        assert len(open_source(request("imagenet64", tmp_path))) == 4
+        assert len(open_source(request("imagenet64", tmp_path, allow_partial=False, limit=2))) == 2
+        counts["validation"] = 4
+        assert len(open_source(partial)) == 4
+
+    def test_the_split_of_a_table_has_its_own_count(self, tmp_path, images, monkeypatch, datasets):
+        rows = [{"bytes": data, "path": None} for data in images.values()]
+        features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+        table = datasets.Dataset.from_dict({"img": rows, "label": [0, 1, 2, 3]}, features=features)
+        datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "saved")
+        counts = {"train": 4, "test": 3}
+        monkeypatch.setitem(RECIPES, "cifar10", dataclasses.replace(RECIPES["cifar10"], counts=counts))
+        assert len(open_source(request("cifar10", tmp_path / "saved", allow_partial=False))) == 4
+        with pytest.raises(UserError, match=r"has 4 images, cifar10 3 \(test\)\."):
+            open_source(request("cifar10", tmp_path / "saved", allow_partial=False, split="test"))
 
     def test_a_limit_is_spread_over_the_classes(self, tmp_path, images):
         write_folder(tmp_path, images)

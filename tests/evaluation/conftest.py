@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from scalelong_fast.cli import main
 from scalelong_fast.data import load_images
-from scalelong_fast.evaluation import FeatureExtractor, extractors
+from scalelong_fast.evaluation import FeatureExtractor, extractors, measure_dataset, save_reference
 from scalelong_fast.evaluation.digits_classifier import train_digits_classifier
 
 TINY = [
@@ -104,3 +105,17 @@ def unconditional(cli, digits, tmp_path_factory):
     result = cli("train", "digits-uvit", *TINY, *options, "--out", out)
     assert result.code == 0, result.err
     return out
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the run, to be changed."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def stats(digits, classifier, tmp_path_factory):
+    """Statistics of the digits with their features."""
+    path = tmp_path_factory.mktemp("stats") / "digits.npz"
+    save_reference(path, measure_dataset(digits, FeatureExtractor("digits", classifier), keep=True))
+    return path

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from scalelong_fast.errors import UserError
-from scalelong_fast.evaluation import FeatureExtractor, create_extractor
+from scalelong_fast.evaluation import FeatureExtractor, create_extractor, extractors
 from scalelong_fast.evaluation.digits_classifier import FEATURES, train_digits_classifier
 from scalelong_fast.evaluation.extractors import weights_fingerprint
 from scalelong_fast.evaluation.steps import check_alike, identify
@@ -188,6 +188,21 @@ class TestInception:
         with pytest.raises(UserError, match="only inception reads them"):
             create_extractor("digits", weights=file)
 
+    def test_one_process_of_each_machine_downloads_before_the_others(self, monkeypatch):
+        events = []
+
+        class Machine(Ranks):
+            def barrier(self):
+                events.append("all have come")
+
+        load = lambda weights: events.append("loaded") or nn.Identity()  # noqa: E731
+        monkeypatch.setattr(extractors, "_inception", load)
+        create_extractor("inception", ranks=Machine(2, 4, local_rank=0, local_world=2))
+        assert events == ["loaded", "all have come"]
+        events.clear()
+        create_extractor("inception", ranks=Machine(3, 4, local_rank=1, local_world=2))
+        assert events == ["all have come", "loaded"]
+
 
 class TestRefusals:
     @pytest.mark.parametrize(
@@ -198,6 +213,7 @@ class TestRefusals:
             ("no.such.package:factory", "could not be imported"),
             (network("nothing"), "could not be imported"),
             (network("no_network"), "returns an nn.Module"),
+            ("os:remove", "expected a factory that takes no arguments. It failed: TypeError"),
         ],
     )
     def test_names(self, name, text):

@@ -7,10 +7,9 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from scalelong_fast.errors import UserError
-from scalelong_fast.evaluation.sharing import gather_features, own_batches
+from scalelong_fast.evaluation.sharing import own_batches
 from scalelong_fast.evaluation.steps import check_same_weights
 from scalelong_fast.training.ranks import Ranks
 
@@ -20,26 +19,26 @@ import pathlib
 import sys
 
 import torch
-from scalelong_fast.evaluation import RunningMoments, moments_of
-from scalelong_fast.evaluation.sharing import gather_features, own_batches
+from scalelong_fast.evaluation import RunningMoments, moments_of, pool
+from scalelong_fast.evaluation.sharing import own_batches
 from scalelong_fast.training.config import TrainConfig
 from scalelong_fast.training.ranks import connect
 
 features = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) + 1e4
 with connect(TrainConfig(device="cpu")) as ranks:
     assert ranks.world == 2
-    for batch_size in (7, 50):
-        running, kept = RunningMoments(4), []
+    for batch_size, pool.KEPT in ((7, 50), (50, 50), (7, 20)):
+        running, kept = RunningMoments(4), pool.FeaturePool(50)
         for indices in own_batches(50, batch_size, ranks):
             running.add(features[indices])
-            kept.append(features[indices])
+            kept.add(indices, features[indices])
         running.merge_across_ranks()
         moments, whole = running.result(), moments_of(features)
         assert moments.count == 50
         torch.testing.assert_close(moments.mean, whole.mean, rtol=1e-13, atol=0)
         torch.testing.assert_close(moments.covariance, whole.covariance, rtol=1e-9, atol=1e-12)
-        gathered = gather_features(kept, 50, batch_size, ranks)
-        assert (gathered is None) if not ranks.is_main else torch.equal(gathered, features)
+        gathered = kept.gather(ranks)
+        assert (gathered is None) if not ranks.is_main else torch.equal(gathered, features[kept.images])
     pathlib.Path(sys.argv[1], f"agreed-{ranks.rank}").touch()
 """
 
@@ -59,11 +58,6 @@ def test_shares_are_all_images_once(total, batch_size, world):
     everything = [index for share in shares for batch in share for index in batch.tolist()]
     assert sorted(everything) == list(range(total))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def test_one_process_gathers_its_own():
-    parts = [torch.ones(3, 2), torch.zeros(1, 2)]
-    assert torch.equal(gather_features(parts, 4, 3, Ranks()), torch.cat(parts))
 
 
 def test_processes_that_read_different_weights_are_refused():

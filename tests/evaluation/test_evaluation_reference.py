@@ -180,6 +180,8 @@ class TestCommand:
         assert_refused(cli("fid-stats", "--out", tmp_path / "x.npz"), "NAME_OR_FOLDER: got '--out'", "data first")
         assert_refused(cli("fid-stats", pictures, "--extractor", "digit", *out), "--extractor: got 'digit'")
         assert_refused(cli("fid-stats", pictures, "--img-size", "9", "--extractor", "digits", *out), "images of 8×8")
+        assert_refused(cli("fid-stats", "digits", "--img-size", "9", *out), "--img-size: got 9", "files of a folder")
+        assert_refused(cli("fid-stats", "digits", "--path", tmp_path, *out), "--path: got")
         (tmp_path / "file").write_text("x")
         assert_refused(cli("fid-stats", "digits", "--out", tmp_path / "file" / "x.npz"), "--out: cannot write")
         (tmp_path / "one").mkdir()

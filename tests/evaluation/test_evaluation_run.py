@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,33 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from scalelong_fast.data import load_images
 from scalelong_fast.evaluation import (
-    FeatureExtractor,
-    Reference,
     frechet_distance,
+    kernel_distance,
     load_reference,
-    measure_dataset,
     moments_of,
-    save_reference,
+    pool,
+    steps,
 )
 from scalelong_fast.evaluation.picture import nearest
 from scalelong_fast.training import RunFolder, generate
 
 image_module = pytest.importorskip("PIL.Image")
 pytestmark = pytest.mark.usefixtures("quick_classifier")
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "run")
-
-
-@pytest.fixture(scope="session")
-def stats(digits, classifier, tmp_path_factory):
-    """Statistics of the digits with their features."""
-    path = tmp_path_factory.mktemp("stats") / "digits.npz"
-    save_reference(path, measure_dataset(digits, FeatureExtractor("digits", classifier), keep=True))
-    return path
 
 
 @pytest.fixture
@@ -103,8 +89,62 @@ class TestResult:
         pytest.importorskip("torchmetrics")
         result = evaluate("--fid", "40", "--kid")
         assert result["kid"]["subsets"] == 100
-        assert result["kid"]["size"] == 40
+        assert result["kid"]["size"] == result["kid"]["of_generated"] == 40
+        assert result["kid"]["of_reference"] == 1797
         assert 0 < result["kid"]["std"] < result["kid"]["mean"]
+
+    def test_kid_takes_a_bounded_number_of_features(self, evaluate, cli, run, stats, monkeypatch):
+        pytest.importorskip("torchmetrics")
+        monkeypatch.setattr(pool, "KEPT", 30)
+        kid = evaluate("--fid", "40", "--kid")["kid"]
+        assert (kid["size"], kid["of_generated"], kid["of_reference"]) == (30, 30, 30)
+        measured = evaluate("--fid", "40", "--kid", reference=None)
+        assert (measured["reference"]["n"], measured["kid"]["of_reference"]) == (1797, 30)
+        out = cli("evaluate", run, "--device", "cpu", "--reference", stats, "--fid", "40", "--kid").out
+        assert "100 subsets of 30, of 30 generated and 30 reference images" in " ".join(out.replace("│", " ").split())
+
+    def test_a_finished_fid_is_stored_before_kid_starts(self, cli, run, stats, monkeypatch):
+        pytest.importorskip("torchmetrics")
+
+        def interrupt(*arguments):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(steps, "kernel_distance", interrupt)
+        result = cli("evaluate", run, "--device", "cpu", "--reference", stats, "--fid", "40", "--kid")
+        assert result.code == 130
+        stored = json.loads((run / "evaluation.json").read_text())
+        assert [(one["fid"] > 0, one["kid"]) for one in stored] == [(True, None)]
+        assert f"The distance {stored[0]['fid']:.4f} is stored in" in result.out
+
+    def test_kid_goes_to_the_cpu_where_the_gpu_is_full(self, evaluate, monkeypatch):
+        pytest.importorskip("torchmetrics")
+        plain, devices = evaluate("--fid", "40", "--kid"), []
+
+        def full_at_first(features, reference, seed, device):
+            devices.append(device)
+            if len(devices) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return kernel_distance(features, reference, seed, device)
+
+        monkeypatch.setattr(steps, "kernel_distance", full_at_first)
+        assert evaluate("--fid", "40", "--kid")["kid"] == plain["kid"]
+        assert devices[1] == "cpu"
+
+    def test_a_folder_is_decoded_batch_by_batch(self, evaluate, digits, extractor, tmp_path):
+        folder = tmp_path / "pictures"
+        folder.mkdir()
+        for index in range(90):
+            pixels = digits.images[index, 0].numpy()
+            image_module.fromarray(pixels).resize((16, 16), image_module.Resampling.NEAREST).save(
+                folder / f"{index:02d}.png"
+            )
+        result = evaluate("--fid", "20", "--batch-size", "32", reference=folder)
+        everything = load_images("folder", path=folder, img_size=8)
+        assert result["reference"]["n"] == 90
+        # Brought back to 8×8 they are the digits themselves.
+        assert torch.equal(everything.images, digits.images[:90])
+        np.savez(tmp_path / "same.npz", features=extractor(everything.images).numpy())
+        assert evaluate("--fid", "20", reference=tmp_path / "same.npz")["fid"] == pytest.approx(result["fid"], rel=1e-5)
 
     def test_the_picture_has_the_first_images_and_their_neighbours(self, evaluate, run):
         evaluate("--fid", "20")
@@ -194,96 +234,3 @@ class TestFeatures:
             assert_refused(refused, f"{option}: has no meaning with --features")
         np.savez(tmp_path / "narrow.npz", features=np.ones((9, 3)))
         assert_refused(cli(*command, "--reference", tmp_path / "narrow.npz"), "64 an image", "expected 3")
-
-
-class TestRefusals:
-    @pytest.mark.parametrize(
-        "case",
-        [
-            (["--fid", "many"], ["--fid: got 'many'"]),
-            (["--fid", "1"], ["--fid: got 1"]),
-            (["--protocol", "imagenet"], ["--protocol: got 'imagenet'", "Did you mean"]),
-            (["--steps", "1001"], ["--steps: got 1001"]),
-            (["--guidance", "-1"], ["--guidance: got -1"]),
-            (["--sampler", "dimm"], ["sampler: got 'dimm'", "Did you mean 'ddim'"]),
-            (["--seed", "-1"], ["--seed: got -1"]),
-            (["--batch-size", "0"], ["--batch-size: got 0"]),
-            (["--device", "gpu"], ["--device: got 'gpu'"]),
-            (["--extractor", "digit"], ["--extractor: got 'digit'"]),
-            (["--reference", "nothing"], ["--reference: got 'nothing'"]),
-            (["--reference", "nothing.npz"], ["--reference: got 'nothing.npz'", "cannot be read"]),
-            (["--model", "nowhere"], ["--model: got 'nowhere'"]),
-            (["--prompts", "nowhere"], ["--prompts: got 'nowhere'", "the model takes no text"]),
-            (["--autoencoder", "no/such/folder"], ["--autoencoder: got 'no/such/folder'", "AutoencoderKL"]),
-            (["--latent-scale", "0"], ["--latent-scale: got 0"]),
-        ],
-        ids=lambda case: " ".join(case[0]),
-    )
-    def test_bad_values(self, cli, trained, assert_refused, case):
-        options, texts = case
-        before = sorted(trained.rglob("*"))
-        assert_refused(cli("evaluate", trained, "--fid", "20", "--device", "cpu", *options), *texts)
-        assert sorted(trained.rglob("*")) == before
-
-    def test_a_reference_of_another_extractor(self, cli, trained, stats, assert_refused, tmp_path):
-        stored = load_reference(stats)
-        other = vars(stored.extractor) | {"name": "inception"}
-        save_reference(
-            tmp_path / "other.npz", Reference("digits", stored.moments, type(stored.extractor)(**other), "f00d")
-        )
-        result = cli("evaluate", trained, "--fid", "20", "--device", "cpu", "--reference", tmp_path / "other.npz")
-        assert_refused(result, "made with extractor 'inception'", "Give --extractor inception")
-
-    def test_kid_of_moments_alone(self, cli, trained, stats, assert_refused, tmp_path):
-        stored = load_reference(stats)
-        save_reference(tmp_path / "moments.npz", Reference("digits", stored.moments, stored.extractor))
-        options = ("--fid", "20", "--device", "cpu", "--reference", tmp_path / "moments.npz")
-        assert_refused(cli("evaluate", trained, *options, "--kid"), "holds moments alone", "--keep-features")
-        assert_refused(cli("evaluate", trained, *options, "--labels", "data"), "--labels: got 'data'")
-
-    def test_kid_without_torchmetrics_is_found_before_the_work(self, cli, trained, stats, assert_refused, monkeypatch):
-        monkeypatch.setitem(sys.modules, "torchmetrics.image.kid", None)
-        monkeypatch.setattr("scalelong_fast.evaluation.evaluate.draw_features", None)
-        result = cli("evaluate", trained, "--fid", "20", "--device", "cpu", "--reference", stats, "--kid")
-        assert_refused(result, "--kid: it needs torchmetrics")
-
-    def test_images_of_another_size(self, cli, trained, assert_refused, tmp_path, monkeypatch):
-        monkeypatch.setattr("scalelong_fast.evaluation.evaluate.open_images", lambda *args, **options: Large())
-        result = cli("evaluate", trained, "--fid", "20", "--device", "cpu", "--reference", "cifar10")
-        assert_refused(result, "--reference: 'large' has images of 9×9, the model draws 8×8")
-
-    def test_a_damaged_list_of_results(self, cli, run, assert_refused):
-        for content in ("{", "{}"):
-            (run / "evaluation.json").write_text(content)
-            assert_refused(cli("evaluate", run, "--fid", "20"), "evaluation.json", "Move it away")
-            assert (run / "evaluation.json").read_text() == content
-
-    def test_no_run(self, cli, tmp_path, assert_refused):
-        assert_refused(cli("evaluate", tmp_path / "nowhere"), "RUN: got", "the folder of a training run")
-        assert_refused(cli("evaluate", "--fid", "10k"), "RUN: got '--fid', expected the run folder first")
-
-    def test_a_diverged_model(self, cli, run, stats, assert_refused):
-        file = run / "ema" / "model.safetensors"
-        weights = load_file(file)
-        save_file({name: weight * torch.nan for name, weight in weights.items()}, file)
-        result = cli("evaluate", run, "--fid", "20", "--device", "cpu", "--reference", stats)
-        assert_refused(result, "RUN: the model draws images that are NaN or infinite")
-        assert not (run / "evaluation.json").exists()
-
-    def test_features_that_are_not_finite(self, cli, run, stats, assert_refused, monkeypatch):
-        call = FeatureExtractor.__call__
-        # Blank images to identify the extractor come in ones and twos; the drawn ones are many.
-        spoil = lambda self, images: call(self, images) * (1 if len(images) < 3 else torch.nan)  # noqa: E731
-        monkeypatch.setattr(FeatureExtractor, "__call__", spoil)
-        result = cli("evaluate", run, "--fid", "20", "--device", "cpu", "--reference", stats)
-        assert_refused(result, "features: some are NaN or infinite", "scalelong-fast sample")
-        assert not (run / "evaluation.json").exists()
-
-    def test_help(self, cli):
-        text = cli("evaluate", "--help").out
-        for option in ("--fid", "--protocol", "--reference", "--extractor", "--autoencoder", "--prompts"):
-            assert option in text
-
-
-class Large:
-    name, latent, image_shape, num_classes = "large", False, (3, 9, 9), 0

@@ -158,6 +158,8 @@ def test_picture_that_is_none(prepare, pictures, tmp_path, capsys):
         assert prepare(tmp_path / "set") == 2
         said = capsys.readouterr().err
         assert "'odd/99.png' cannot be read as an image" in said
-        assert "into an empty folder" in said  # the shards that are there belong to the source with that picture
+        assert "so far is kept. Leave it out with --skip-unreadable, or mend or remove it" in said
     finally:
         torn.unlink()
+    assert prepare(tmp_path / "set") == 0
+    assert verify(tmp_path / "set") == {}

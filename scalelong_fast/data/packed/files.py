@@ -16,7 +16,7 @@ _BLOCK = 1 << 22
 
 def write_file(path: Path, data: np.ndarray | bytes) -> FileRecord:
     """Write bytes, or those of a contiguous array, to ``path``, which appears only once all of them are on disk."""
-    view = memoryview(data).cast("B") if isinstance(data, bytes) else memoryview(data.reshape(-1).view(np.uint8))
+    view = _bytes_of(data)
     digest = hashlib.sha256()
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -35,9 +35,19 @@ def write_file(path: Path, data: np.ndarray | bytes) -> FileRecord:
     return FileRecord(path.name, len(view), digest.hexdigest())
 
 
+def record_of(name: str, data: np.ndarray | bytes) -> FileRecord:
+    """What :func:`write_file` would give for a file called ``name``; nothing is written."""
+    view = _bytes_of(data)
+    return FileRecord(name, len(view), hashlib.sha256(view).hexdigest())
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     write_file(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def _bytes_of(data: np.ndarray | bytes) -> memoryview:
+    return memoryview(data).cast("B") if isinstance(data, bytes) else memoryview(data.reshape(-1).view(np.uint8))
 
 
 def sync_folder(path: Path) -> None:

@@ -58,10 +58,14 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Shard:
-    """``count`` samples that follow each other, and the file of each field."""
+    """``count`` samples that follow each other, the file of each field, and the images that were left out.
+
+    ``skipped`` names the images of this part of the source that cannot be read.
+    """
 
     count: int
     files: dict[str, FileRecord]
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,8 @@ class Plan:
 
     Attributes:
         name: of the data set.
-        count: number of samples.
-        shard_size: samples of each shard but the last.
+        count: number of images of the source.
+        shard_size: images of the source that go into each shard but the last.
         fields: by name; exactly one of images and moments.
         class_names: in label order; empty without labels.
         latent_scale: factor between moments and what a network trains on; 1 for images.
@@ -94,7 +98,7 @@ class Plan:
         return -(-self.count // self.shard_size)
 
     def samples(self, shard: int) -> range:
-        """Indices of the samples in a shard."""
+        """Indices of the source's images that go into a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
 
     def file_name(self, shard: int, field: str) -> str:
@@ -109,6 +113,16 @@ class Manifest:
     plan: Plan
     shards: tuple[Shard, ...]
     null_text: FileRecord | None
+
+    @property
+    def count(self) -> int:
+        """Number of samples: the images of the source without those that were left out."""
+        return sum(shard.count for shard in self.shards)
+
+    @property
+    def skipped(self) -> list[str]:
+        """Names of the images that were left out, since they cannot be read."""
+        return [name for shard in self.shards for name in shard.skipped]
 
     @property
     def files(self) -> list[FileRecord]:
@@ -153,7 +167,7 @@ def shard_from_dict(values: dict[str, Any]) -> Shard:
     files = {name: FileRecord(**record) for name, record in values["files"].items()}
     if any(Path(record.name).name != record.name for record in files.values()):
         raise ValueError("a file outside the folder")
-    return Shard(int(values["count"]), files)
+    return Shard(int(values["count"]), files, tuple(map(str, values.get("skipped", ()))))
 
 
 def manifest_to_dict(manifest: Manifest) -> dict[str, Any]:
@@ -213,7 +227,8 @@ def check_manifest(manifest: Manifest) -> None:
 
 def check_shard(plan: Plan, index: int, shard: Shard) -> None:
     """Raise ValueError unless a shard fits the plan."""
-    if shard.count != len(plan.samples(index)) or set(shard.files) != set(plan.fields):
+    whole = shard.count > 0 and shard.count + len(shard.skipped) == len(plan.samples(index))
+    if not whole or set(shard.files) != set(plan.fields):
         raise ValueError(f"shard {index} does not fit the others")
     for name, field in plan.fields.items():
         size = shard.files[name].bytes

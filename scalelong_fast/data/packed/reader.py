@@ -10,6 +10,7 @@ from torch import Tensor
 
 from scalelong_fast.data.packed.files import find_fault, list_faults
 from scalelong_fast.data.packed.format import DTYPES, Field, FileRecord, read_manifest
+from scalelong_fast.data.packed.readahead import announce
 from scalelong_fast.data.training_set import HostBatch, caption_numbers, check_indices
 from scalelong_fast.errors import UserError, invalid
 
@@ -46,11 +47,14 @@ class PackedSet:
         self.nbytes = sum(record.bytes for record in self.manifest.files)
         channels, height, width = plan.fields["moments" if self.latent else "images"].shape
         self.image_shape = (channels // 2 if self.latent else channels, height, width)
-        self._starts = np.arange(plan.num_shards) * plan.shard_size
+        self._shard_sizes = np.array([shard.count for shard in self.manifest.shards])
+        self._starts = np.cumsum(self._shard_sizes) - self._shard_sizes
         self._rows = {
             name: [_map_rows(self.path, shard.files[name], field) for shard in self.manifest.shards]
             for name, field in plan.fields.items()
         }
+        # Of the first row of each shard.
+        self._addresses = {name: np.array([shard.data_ptr() for shard in rows]) for name, rows in self._rows.items()}
         self._labels = self._read_all("labels")
         if self._labels is not None:
             self._check_labels(self._labels)
@@ -71,8 +75,7 @@ class PackedSet:
         self.num_captions = int(self._counts.max())
         # Row of each image's first caption within its shard.
         before = np.cumsum(self._counts, dtype=np.int64) - self._counts
-        plan = self.manifest.plan
-        self._first_caption = before - before[self._starts].repeat(plan.shard_size)[: plan.count]
+        self._first_caption = before - before[self._starts].repeat(self._shard_sizes)
         totals = np.add.reduceat(self._counts, self._starts)
         for shard, rows, total in zip(self.manifest.shards, self._rows["text"], totals, strict=True):
             if len(rows) != total or self._counts.min() < 1:
@@ -80,15 +83,13 @@ class PackedSet:
 
     def __len__(self) -> int:
         """Number of samples."""
-        return self.manifest.plan.count
+        return self.manifest.count
 
     def fingerprint(self) -> str:
         """Hash (16 hex digits) of the files' checksums; where the set lies and what it was packed from do not count."""
         plan = self.manifest.plan
         fields = sorted((name, field.dtype, field.shape) for name, field in plan.fields.items())
-        digest = hashlib.blake2b(
-            repr((fields, plan.count, self.num_classes, plan.latent_scale)).encode(), digest_size=8
-        )
+        digest = hashlib.blake2b(repr((fields, len(self), self.num_classes, plan.latent_scale)).encode(), digest_size=8)
         for record in self.manifest.files:
             digest.update(record.sha256.encode())
         return digest.hexdigest()
@@ -116,6 +117,7 @@ class PackedSet:
         views = [mapped[shard].select(0, row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
         if not views:
             return torch.empty((0, *field.shape), dtype=DTYPES[field.dtype][0])
+        announce(self._addresses[name][shards] + rows * field.row_bytes, field.row_bytes)
         # One call for all of them, which lets go of the interpreter lock once: a reading thread that gave it up for
         # each row would wait for it as often, behind whatever the training thread does in Python.
         return torch.stack(views)
@@ -134,7 +136,7 @@ class PackedSet:
         """Raise if an altered file has labels of no class: a GPU would only say so as a device-side assertion."""
         bad = torch.nonzero((labels < 0) | (labels >= self.num_classes))
         if len(bad):
-            shard = self.manifest.shards[int(bad[0]) // self.manifest.plan.shard_size]
+            shard = self.manifest.shards[np.searchsorted(self._starts, int(bad[0]), side="right") - 1]
             raise _damaged(self.path / shard.files["labels"].name, f"holds labels outside 0 … {self.num_classes - 1}")
 
     def _read_all(self, name: str) -> Tensor | None:

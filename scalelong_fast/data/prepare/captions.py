@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from scalelong_fast.data.prepare.files import parents
 from scalelong_fast.data.prepare.source import Source, fingerprint
 from scalelong_fast.errors import UserError
@@ -44,16 +46,8 @@ def add_captions(source: Source, file: Path) -> Source:
             "fingerprint": fingerprint((key, *captions[key]) for key in order),
         },
     }
-    read = source.read
-    return replace(
-        source,
-        names=[source.names[index] for index in chosen],
-        read=lambda index: read(chosen[index]),
-        labels=None,
-        class_names=(),
-        captions=text,
-        facts=facts,
-    )
+    chosen_images = replace(source, labels=None, captions=None).take(np.array(chosen, np.int64))
+    return replace(chosen_images, class_names=(), captions=text, facts=facts)
 
 
 def _read(file: Path) -> tuple[dict[int, str], dict[int, list[str]]]:

@@ -71,13 +71,18 @@ class LatentPacker:
         each = sum(map(len, self.captions)) / len(self.captions)
         return int(self.fields["moments"].row_bytes + 4 + each * self.fields["text"].row_bytes)
 
-    def pack(self, samples: range, tick: Callable[[int], None]) -> dict[str, np.ndarray]:
-        """The rows of each field for these samples."""
-        moments = []
+    def pack(self, samples: range, tick: Callable[[int], None]) -> tuple[dict[str, np.ndarray], list[str]]:
+        """The rows of each field for these samples, and the names of those that were left out."""
+        moments: list[np.ndarray] = []
+        kept: list[int] = []
         for start in range(samples.start, samples.stop, self.batch_size):
             part = range(start, min(start + self.batch_size, samples.stop))
-            moments.append(self.images.encode(self.reader.read(part, tick)))
-        captions = [self.captions[index] for index in samples]
+            pixels, readable = self.reader.read(part, tick)
+            if readable:
+                moments.append(self.images.encode(pixels))
+                kept += readable
+        skipped = self.reader.skipped(samples, kept)
+        captions = [self.captions[index] for index in kept]
         every = [caption for listed in captions for caption in listed]
         size = self.batch_size * _CAPTIONS
         text = [self.text.encode(every[start : start + size]) for start in range(0, len(every), size)]
@@ -85,4 +90,4 @@ class LatentPacker:
             "moments": np.concatenate(moments),
             "captions": np.array([len(listed) for listed in captions], np.int32),
             "text": np.concatenate(text),
-        }
+        }, skipped

@@ -1,7 +1,7 @@
 """Encoded images to pixels of one size, and the shards of a set of pixels."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +11,7 @@ from scalelong_fast.data.crop import CropRule
 from scalelong_fast.data.decode import flatten
 from scalelong_fast.data.optional import import_optional
 from scalelong_fast.data.packed.format import Field
-from scalelong_fast.data.prepare.source import Source
+from scalelong_fast.data.prepare.source import Source, UnreadableError
 from scalelong_fast.errors import UserError
 
 
@@ -24,10 +24,14 @@ class PixelReader:
         size: side in pixels.
         channels: 1 (grey) or 3 (RGB).
         workers: threads.
+        skip_unreadable: leave out images that cannot be decoded.
     """
 
-    def __init__(self, source: Source, rule: CropRule, size: int, channels: int, workers: int):
+    def __init__(
+        self, source: Source, rule: CropRule, size: int, channels: int, workers: int, skip_unreadable: bool = False
+    ):
         self.source, self.rule, self.size, self.channels = source, rule, size, channels
+        self.skip_unreadable = skip_unreadable
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
     def close(self) -> None:
@@ -49,11 +53,14 @@ class PixelReader:
             },
         }
 
-    def read(self, samples: range, tick: Callable[[int], None]) -> np.ndarray:
-        """uint8 ``(len(samples), C, S, S)``; ``tick(1)`` is called for each image.
+    def read(self, samples: range, tick: Callable[[int], None]) -> tuple[np.ndarray, list[int]]:
+        """Pixels of those ``samples`` that can be decoded, and which these are; ``tick(1)`` is called for each image.
+
+        Returns:
+            uint8 ``(n, C, S, S)``, and n of the ``samples``.
 
         Raises:
-            UserError: images cannot be decoded; all of them are counted and the first are named.
+            UserError: images cannot be decoded and are not to be skipped; all are counted and the first are named.
             OSError: the source cannot be read.
         """
         images = np.empty((len(samples), self.channels, self.size, self.size), np.uint8)
@@ -61,18 +68,35 @@ class PixelReader:
         def fill(row: int) -> str | None:
             try:
                 images[row] = self._decode(samples[row])
-            except _UnreadableError as error:
+            except UnreadableError as error:
                 return str(error)
             return None
 
-        faults = []
-        for index, fault in zip(samples, self._pool.map(fill, range(len(samples))), strict=True):
+        faults = {}
+        for row, fault in enumerate(self._pool.map(fill, range(len(samples)))):
             tick(1)
             if fault is not None:
-                faults.append((repr(self.source.names[index]), fault))
-        if faults:
-            raise _unreadable(faults)
-        return images
+                faults[row] = fault
+        if not faults:
+            return images, list(samples)
+        if not self.skip_unreadable:
+            raise _unreadable(self.source, [(self.source.names[samples[row]], why) for row, why in faults.items()])
+        rows = [row for row in range(len(samples)) if row not in faults]
+        return images[rows], [samples[row] for row in rows]
+
+    def skipped(self, samples: range, kept: Sequence[int]) -> list[str]:
+        """Names of those of ``samples`` that are not among ``kept``.
+
+        Raises:
+            UserError: all of them were left out: more is wrong than single images.
+        """
+        if not kept:
+            first, last = (self.source.names[index] for index in (samples[0], samples[-1]))
+            raise UserError(
+                f"--source: none of the {len(samples)} images from {first!r} to {last!r} can be read, so more is wrong "
+                "with the source than --skip-unreadable is for. Look at these files."
+            )
+        return [self.source.names[index] for index in sorted(set(samples) - set(kept))]
 
     def _decode(self, index: int) -> np.ndarray:
         try:
@@ -84,24 +108,23 @@ class PixelReader:
             raise
         except Exception as error:  # Pillow's readers let OSError, SyntaxError, ValueError and more through
             if isinstance(error, OSError) and error.errno:  # of the operating system: it is not this image's fault
-                raise
-            raise _UnreadableError(f"{type(error).__name__}: {error}") from error
+                raise OSError(error.errno, error.strerror, self.source.names[index]) from error
+            reason = str(error).partition(" <_io")[0]  # Pillow would name the buffer
+            raise UnreadableError(f"{type(error).__name__}: {reason}") from error
         return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
 
 
-class _UnreadableError(Exception):
-    """An image cannot be decoded; the message says why."""
-
-
-def _unreadable(faults: list[tuple[str, str]]) -> UserError:
+def _unreadable(source: Source, faults: list[tuple[str, str]]) -> UserError:
     """The error for images that cannot be decoded: the name of each, and why."""
     (first, reason), *others = faults
-    listed = ", ".join([name for name, _ in others[:20]] + ["…"] * (len(others) > 20))
+    listed = ", ".join([repr(name) for name, _ in others[:20]] + ["…"] * (len(others) > 20))
     more = f", nor can {len(others)} more ({listed})" if others else ""
+    them = "them" if others else "it"
+    # Of a table it is not known which rows a change touches.
+    mend = "" if source.marks is None else f", or mend or remove {them}"
     return UserError(
-        f"--source: {first} cannot be read as an image ({reason}){more}. Mend or remove "
-        f"{'them' if others else 'it'}, then prepare the set into an empty folder: the shards that are finished belong "
-        "to the source as it was."
+        f"--source: {first!r} cannot be read as an image ({reason}){more}. Everything packed so far is kept. Leave "
+        f"{them} out with --skip-unreadable{mend}, and run the same command again to go on."
     )
 
 
@@ -131,9 +154,10 @@ class PixelPacker:
         """Size of a sample in bytes."""
         return sum(field.row_bytes for field in self.fields.values())
 
-    def pack(self, samples: range, tick: Callable[[int], None]) -> dict[str, np.ndarray]:
-        """The rows of each field for these samples."""
-        arrays = {"images": self.reader.read(samples, tick)}
+    def pack(self, samples: range, tick: Callable[[int], None]) -> tuple[dict[str, np.ndarray], list[str]]:
+        """The rows of each field for these samples, and the names of those that were left out."""
+        images, kept = self.reader.read(samples, tick)
+        arrays = {"images": images}
         if self.source.labels is not None:
-            arrays["labels"] = np.ascontiguousarray(self.source.labels[samples.start : samples.stop])
-        return arrays
+            arrays["labels"] = self.source.labels[kept]
+        return arrays, self.reader.skipped(samples, kept)

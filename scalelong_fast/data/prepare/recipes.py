@@ -19,6 +19,7 @@ class Recipe:
         split: of a table with several.
         parts: where each split lies among the images of the whole set, sorted by name: for folders and archives that
             hold all of it.
+        counts: images of each split as published.
     """
 
     name: str
@@ -29,12 +30,24 @@ class Recipe:
     condition: Literal["labels", "captions", "none", "found"]
     split: str = "train"
     parts: Mapping[str, range] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
 
+
+#: list_eval_partition.txt, which comes with CelebA.
+_CELEBA = {"train": range(162_770), "valid": range(162_770, 182_637), "test": range(182_637, 202_599)}
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("cifar10", "CIFAR-10, 50,000 images of 32x32, 10 classes", "uoft-cs/cifar10", 32, "adm", "labels"),
+        Recipe(
+            "cifar10",
+            "CIFAR-10, 50,000 images of 32x32, 10 classes",
+            "uoft-cs/cifar10",
+            32,
+            "adm",
+            "labels",
+            counts={"train": 50_000, "test": 10_000},
+        ),
         Recipe(
             "celeba64",
             "CelebA, 162,770 faces at 64x64, no labels",
@@ -42,8 +55,8 @@ RECIPES: dict[str, Recipe] = {
             64,
             "celeba",
             "none",
-            # list_eval_partition.txt, which comes with the data set.
-            parts={"train": range(162_770), "valid": range(162_770, 182_637), "test": range(182_637, 202_599)},
+            parts=_CELEBA,
+            counts={split: len(part) for split, part in _CELEBA.items()},
         ),
         Recipe(
             "imagenet64",
@@ -52,6 +65,7 @@ RECIPES: dict[str, Recipe] = {
             64,
             "adm",
             "labels",
+            counts={"train": 1_281_167, "validation": 50_000, "test": 100_000},
         ),
         Recipe(
             "coco256",

@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from scalelong_fast.data.decode import IMAGE_SUFFIXES
 from scalelong_fast.errors import UserError
-
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 #: Names of splits: folders called so are no classes.
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
+
+
+class UnreadableError(UserError):
+    """One image of a source cannot be read; ``--skip-unreadable`` leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Source:
         class_names: in label order; empty when unlabelled.
         captions: of each image, at least one each; None: no text.
         facts: what the manifest says of the source; JSON-ready.
+        marks: of each image, what changes when it is replaced (its size or checksum); None: nothing is known of them.
     """
 
     names: Sequence[str]
@@ -35,26 +39,34 @@ class Source:
     class_names: tuple[str, ...]
     captions: Sequence[Sequence[str]] | None
     facts: dict[str, Any]
+    marks: Sequence[Any] | None = None
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.names)
 
+    def mark(self, samples: range) -> str:
+        """Fingerprint of the images of these indices; the source has marks."""
+        assert self.marks is not None
+        return fingerprint((self.names[index], self.marks[index]) for index in samples)
+
     def take(self, indices: np.ndarray) -> "Source":
         """The images of these indices, int64, in their order."""
         chosen, read, names, captions = indices.tolist(), self.read, self.names, self.captions
+        marks = self.marks
         return replace(
             self,
             names=[names[index] for index in chosen],
             read=lambda index: read(chosen[index]),
             labels=None if self.labels is None else self.labels[indices],
             captions=None if captions is None else [captions[index] for index in chosen],
+            marks=None if marks is None else [marks[index] for index in chosen],
         )
 
 
 def is_image(name: str) -> bool:
     """Whether a path inside a source, with ``/``, is that of an image; hidden files and folders are not looked at."""
-    return PurePosixPath(name).suffix.lower() in SUFFIXES and not is_hidden(name)
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not is_hidden(name)
 
 
 def is_hidden(name: str) -> bool:

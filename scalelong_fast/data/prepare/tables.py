@@ -1,13 +1,14 @@
 """Images in a table of Hugging Face datasets: from the hub, from save_to_disk, or from parquet files."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from scalelong_fast.data.optional import import_optional
-from scalelong_fast.data.prepare.source import SPLITS, Source, fingerprint
+from scalelong_fast.data.prepare.source import SPLITS, Source, UnreadableError, fingerprint
 from scalelong_fast.errors import UserError, invalid
 
 _IMAGES = ("image", "img", "jpg", "png", "webp")
@@ -18,12 +19,9 @@ _CAPTIONS = ("captions", "caption", "sentences_raw", "sentences", "text", "answe
 Condition = Literal["labels", "captions", "none", "found"]
 
 
-def is_table(path: Path) -> bool:
-    """Whether a local folder, or file, is a table: written by ``save_to_disk``, or parquet."""
-    if path.is_file():
-        return path.suffix == ".parquet"
-    saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-    return saved or next(path.rglob("*.parquet"), None) is not None
+def is_table(names: Iterable[str]) -> bool:
+    """Whether the files of a folder are a table's: of one written by ``save_to_disk``, or parquet."""
+    return any(name in ("state.json", "dataset_dict.json") or name.endswith(".parquet") for name in names)
 
 
 def open_local(path: Path, split: str, condition: Condition) -> Source:
@@ -67,27 +65,53 @@ def _parquet_of(path: Path, files: list[Path], split: str) -> list[Path]:
     return chosen or parquet
 
 
-def open_hub(name: str, split: str, revision: str | None, condition: Condition) -> Source:
-    """A data set of the Hugging Face hub, downloaded into its cache or found there; its revision is asked for.
+def open_hub(name: str, split: str, revision: str | None, condition: Condition, begun: str | None = None) -> Source:
+    """A data set of the Hugging Face hub, downloaded into its cache or found there.
+
+    Args:
+        name: on the hub.
+        split: to read.
+        revision: a commit, branch or tag; None: that of ``begun``, else the newest.
+        condition: what to read besides the images.
+        begun: the commit that the preparation was begun with. With it the hub is not asked which is the newest, and
+            where it cannot be reached, its data are taken from the cache of datasets.
 
     Raises:
         UserError: it cannot be downloaded, has no column of images, or labels that are none.
     """
     datasets = import_optional("datasets")
     try:
-        commit = import_optional("huggingface_hub").HfApi().dataset_info(name, revision=revision).sha
+        if begun is not None and revision in (None, begun):
+            commit = begun
+        else:
+            commit = import_optional("huggingface_hub").HfApi().dataset_info(name, revision=revision).sha
         table = datasets.load_dataset(name, split=split, revision=commit)
+        _check_commit(table, name, commit)
     except UserError:
         raise
     except Exception as error:  # the hub's client raises many unrelated kinds when the network is down
+        begun_with = f" OUT was begun with --revision {begun}, for which the cache may do." if begun else ""
         raise UserError(
             f"--source: there is no local {name!r}, and downloading it from the hub (split {split!r}) failed "
             f"({type(error).__name__}: {' '.join(str(error).split())[:300]}). Accept the data set's terms on its page "
             "and log in with `hf auth login` where it asks for that; without a network, give a local copy with "
             "--source PATH (a folder of images, an archive, parquet files, or what Dataset.save_to_disk wrote)."
+            f"{begun_with}"
         ) from error
     facts = {"kind": "hub", "path": name, "revision": commit}
     return _source(table, name, facts, split, condition)
+
+
+def _check_commit(table: Any, name: str, commit: str) -> None:
+    """Raise if the hub could not be reached and datasets took the newest of its cache, which is of another commit."""
+    folders = [Path(file["filename"]).parent.name for file in table.cache_files]
+    other = next((folder for folder in folders if re.fullmatch("[0-9a-f]{40}", folder) and folder != commit), None)
+    if other is not None:
+        raise UserError(
+            f"--source: the hub cannot be reached, and the newest copy of {name!r} in the cache of datasets is of "
+            f"revision {other}, not of {commit}. Try again when there is a network, or give --revision {other} and "
+            "another OUT."
+        )
 
 
 def _source(table: Any, where: str, facts: dict[str, Any], split: str, condition: Condition) -> Source:
@@ -106,7 +130,7 @@ def _source(table: Any, where: str, facts: dict[str, Any], split: str, condition
     def read(index: int) -> bytes:
         row = encoded[index][column]
         if row is None or (row["bytes"] is None and row["path"] is None):
-            raise UserError(f"--source: row {index} of {where} has no image. Mend the table or write it again.")
+            raise UnreadableError(f"row {index} of {where} has no image")
         return row["bytes"] if row["bytes"] is not None else Path(row["path"]).read_bytes()
 
     facts = {**facts, "split": split, "images": len(table), "datasets": datasets.__version__}
