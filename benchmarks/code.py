@@ -1,10 +1,12 @@
 """What of a Python file runs: its text without comments, docstrings and blank lines."""
 
 import ast
+import functools
 import io
 import tokenize
 
 
+@functools.cache
 def running_code(text: str) -> str:
     """The lines of a Python file that can change what it does.
 

@@ -295,7 +295,7 @@ def measure(
             "variant": name,
             "scaling": recipe.scaling,
             **suite.fields(bench, recipe),
-            "compiled": execution.compile,
+            "compiled": execution.compiled,
             "median_us": round(summary.median * 1e6, 1),
             "p20_us": round(summary.p20 * 1e6, 1),
             "p80_us": round(summary.p80 * 1e6, 1),

@@ -21,6 +21,7 @@ from scalelong_fast.models import ModelConfig, UNetConfig, UViTConfig, build_mod
 from scalelong_fast.ops.problem import architecture
 from scalelong_fast.planning.assumptions import Assumptions
 from scalelong_fast.planning.gpus import GPU, GPUS
+from scalelong_fast.planning.request import RECOMPUTE
 from scalelong_fast.planning.timing import work_seconds
 from scalelong_fast.planning.tracing import example_batch, trace
 from scalelong_fast.training.checkpoint import write_json
@@ -34,7 +35,6 @@ SOURCES = (
     "scalelong_fast/planning/tracing.py",
 )
 
-RECOMPUTE = ("none", "selective", "block")
 MIB = 1 << 20
 
 #: Networks and samples, on a GPU those of the big presets.
@@ -110,7 +110,7 @@ def known_gpu(device: torch.device) -> GPU | None:
     if device.type != "cuda":
         return None
     name = environment.slug(torch.cuda.get_device_name(device))
-    return next((gpu for gpu in GPUS.values() if environment.slug(gpu.title) in name), None)
+    return next((gpu for gpu in GPUS.values() if environment.slug(gpu.title) == name), None)
 
 
 def compare(

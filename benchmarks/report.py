@@ -10,14 +10,16 @@ from typing import Any
 
 from benchmarks.environment import RESULTS, ROOT, source_hash
 from benchmarks.report_aot import aot_table, read_targets
+from benchmarks.report_inference import inference_table
 from benchmarks.report_loader import loader_table
 from benchmarks.report_ops import draw_all, gpu_note, losses_table, ops_table
 from benchmarks.report_plan import plan_table
+from benchmarks.report_plots import draw_plots
 from benchmarks.report_scaling import scaling_table
 from benchmarks.report_traffic import traffic_table
 from benchmarks.report_unet import decoder_model_note, decoder_table, unet_table
 from benchmarks.report_uvit import uvit_table
-from scalelong_fast.errors import UserError, unknown_name
+from scalelong_fast.errors import UserError, invalid, unknown_name
 
 #: Where tables are shown.
 PAGES = (ROOT / "README.md", ROOT / "docs" / "planning.md")
@@ -173,6 +175,7 @@ TABLES: dict[str, Callable[[dict[str, Any], Path], list[str]]] = {
     "uvit": uvit_table,
     "decoder": decoder_table,
     "unet": unet_table,
+    "inference": inference_table,
     "traffic": traffic_table,
     "aot": aot_table,
     "plan": plan_table,
@@ -242,7 +245,10 @@ def main(args: Sequence[str], *, pages: Sequence[Path] = PAGES, results: Path = 
         f"Tables: {', '.join(TABLES)}. Rows whose sources have changed since are marked as stale.",
     )
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page would change")
+    parser.add_argument("--html", type=Path, metavar="OUT", help="only write one page with all results and pictures")
     options = parser.parse_args(args)
+    if options.html is not None:
+        return _write_page(options.html, results, root)
     old = {page: page.read_text(encoding="utf-8") for page in pages}
 
     def tables() -> dict[Path, str]:
@@ -254,7 +260,7 @@ def main(args: Sequence[str], *, pages: Sequence[Path] = PAGES, results: Path = 
             late = new[page] != old[page]
             print(f"{page.name} is {'out of date: run python -m benchmarks report' if late else 'in sync.'}")
         return int(new != old)
-    for line in draw_all(results, root):
+    for line in [*draw_all(results, root), *draw_plots(results, root)]:
         print(line)
     new = tables()  # with the pictures there are now
     for page in pages:
@@ -264,4 +270,17 @@ def main(args: Sequence[str], *, pages: Sequence[Path] = PAGES, results: Path = 
     for name in TABLES:
         if not any(f"<!-- benchmark:{name} -->" in text for text in new.values()):
             print(f"No page has a <!-- benchmark:{name} --> marker, so table {name} is shown nowhere.")
+    return 0
+
+
+def _write_page(path: Path, results: Path, root: Path) -> int:
+    from benchmarks.report_html import html_page
+    from scalelong_fast.training.files import write_atomically
+
+    if path.is_dir():
+        raise invalid("--html", str(path), "a file to write")
+    text = html_page(results, root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(text.encode()))
+    print(f"Written to {path}.")
     return 0

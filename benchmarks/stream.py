@@ -107,7 +107,7 @@ def train(config: RunConfig, dataset: ImageDataset, console: Console) -> float:
     diffusion = config.diffusion
     schedule = create_schedule(diffusion.schedule, beta_min=diffusion.beta_min, beta_max=diffusion.beta_max)
     schedule = schedule.to(execution.device)
-    if execution.compile:
+    if execution.compiled:
         torch.compiler.reset()  # the runs share code: each would otherwise count towards the limit of recompilations
     torch.manual_seed(config.train.seed)
     model = UViT(config.model).to(execution.device)
@@ -155,7 +155,7 @@ def compare(*, seeds: int, steps: int, device: str, out: Path | None, console: C
     where = environment.describe(execution.device)
     path = out or environment.RESULTS / where["machine"] / "residual_dtype.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"preset": PRESET, "steps": steps, "autocast": "bf16", "compiled": execution.compile}
+    settings = {"preset": PRESET, "steps": steps, "autocast": "bf16", "compiled": execution.compiled}
     settings["evaluation_passes"] = EVALUATION_PASSES
     result: dict[str, Any] = {"environment": where, "settings": settings}
     records = _resume(path, result)

@@ -81,7 +81,7 @@ class Bench(StepBench):
         model = AuthorsUViT(dataclasses.replace(self.config, scaling=recipe.scaling))
         model.load_state_dict(copy.deepcopy(self._weights))
         execution = self.execution(recipe.compiled)
-        step = AuthorsStep(model.to(self.device), execution.autocast, execution.compile)
+        step = AuthorsStep(model.to(self.device), execution.autocast, execution.compiled)
         first = self.draws[0]
         count = 0
 

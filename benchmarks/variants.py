@@ -152,7 +152,7 @@ class Workbench:
             return step.loss_fn(x0, noise, t, None)
 
         sources = _OURS_LS if scaling == "ls" else _OURS_NONE
-        return Variant(take, loss, scaling, dtype_name(execution.autocast), execution.compile, sources)
+        return Variant(take, loss, scaling, dtype_name(execution.autocast), execution.compiled, sources)
 
     def execution(self, compiled: bool = True) -> Execution:
         """How our default settings are carried out here."""

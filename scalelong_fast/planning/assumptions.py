@@ -40,7 +40,11 @@ class Assumptions:
     def describe(self) -> list[tuple[str, str, str]]:
         """(what, value, source) of each."""
         return [
-            ("matrix products reach", f"{self.product_share:.0%} of the peak", "noted of an H200: 790 TFLOP/s, 8192³ in bf16"),
+            (
+                "matrix products reach",
+                f"{self.product_share:.0%} of the peak",
+                "noted of an H200: 790 TFLOP/s, 8192³ in bf16",
+            ),
             ("copies reach", f"{self.bandwidth_share:.0%} of the bandwidth", "noted of an H200: 4.3 TB/s"),
             ("collectives reach", f"{self.link_share:.0%} of the link", "assumed"),
             ("a kernel takes at least", f"{self.kernel_seconds * 1e6:g} µs", "assumed"),

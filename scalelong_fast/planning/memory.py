@@ -9,6 +9,7 @@ from torch import nn
 from scalelong_fast.models import ModelConfig, build_model
 from scalelong_fast.planning.assumptions import Assumptions
 from scalelong_fast.planning.tracing import Trace, example_batch
+from scalelong_fast.training.batches import DEVICE_RESIDENT_BYTES
 from scalelong_fast.training.blocks import repeated_blocks
 
 #: Of a parameter, its gradient, a moment and an average.
@@ -74,8 +75,11 @@ def memory(
     precision: str,
     averages: int,
     assumptions: Assumptions,
+    gpus: int = 1,
+    whole: bool = False,
+    data_bytes: int = 0,
 ) -> dict[str, int]:
-    """Bytes on one GPU at the worst moment of a step, by what they are for.
+    """Bytes on the first GPU at the worst moment of a step, by what they are for.
 
     Args:
         config, sizes: the network.
@@ -86,8 +90,12 @@ def memory(
         precision: ``bf16``, ``fp16`` or ``fp32``.
         averages: exponential moving averages.
         assumptions: context and fragmentation.
+        gpus: all of them.
+        whole: whether forward and loss are compiled as one graph, which hands out all gradients at its end.
+        data_bytes: of the training set where it lies on the GPU, see :func:`resident_bytes`.
     """
     items = state_bytes(sizes, shards, averages)
+    items["data set"] = data_bytes
     # A whole copy of the average, which checkpoints and samples are made from.
     items["model for samples"] = FLOAT * sizes.parameters
     items["batches"] = 2 * accumulate * _batch_bytes(config, trace.batch)
@@ -105,17 +113,36 @@ def memory(
     if not sharded and steady:
         items["gradients"] = FLOAT * sizes.parameters  # DDP's buckets, or what the micro-batches before left
     points = [
-        (0 if gathered_narrow else weights, 0 if steady else gradients, other)
+        (0 if gathered_narrow else weights, 0 if steady and not whole else gradients, other)
         for weights, gradients, other in trace.timeline
     ]
+    # Before the forward: the noise of all samples, of which every GPU then keeps its part (training/batches.py).
+    points.append((0, 0, gpus * accumulate * noise_bytes(config, trace.batch) if gpus > 1 else 0))
     weights, gradients, other = max(points, key=sum)
-    if not steady:
-        items["gradients"] = gradients
+    items["gradients of the graph" if steady else "gradients"] = gradients
     items["weights in autocast's dtype"] = weights
     items["activations and work"] = other
     items["fragmentation"] = int(assumptions.fragmentation * sum(items.values()))
     items["context and libraries"] = assumptions.context
     return {name: size for name, size in items.items() if size}
+
+
+def noise_bytes(config: ModelConfig, samples: int) -> int:
+    """Bytes of the noise of so many samples, float32."""
+    return FLOAT * samples * config.in_chans * config.img_size**2
+
+
+def resident_bytes(config: ModelConfig, images: int | None) -> int:
+    """Bytes of a training set that lies on the GPU; 0 where it is too large, of latents, or with captions.
+
+    Args:
+        config: the network, whose images they are.
+        images: their number; None: not known, 0 bytes.
+    """
+    if images is None or config.in_chans > 3 or config.clip_dim > 0:
+        return 0
+    size = images * (config.in_chans * config.img_size**2 + (8 if config.num_classes > 0 else 0))
+    return size if size <= DEVICE_RESIDENT_BYTES else 0
 
 
 def _batch_bytes(config: ModelConfig, batch: int) -> int:

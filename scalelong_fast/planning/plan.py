@@ -9,15 +9,19 @@ from scalelong_fast.errors import UserError, invalid, unknown_name
 from scalelong_fast.models import ModelConfig, list_models, model_config
 from scalelong_fast.planning.assumptions import Assumptions
 from scalelong_fast.planning.gpus import GPUS, resolve_gpu
-from scalelong_fast.planning.memory import count, memory
+from scalelong_fast.planning.memory import count, memory, resident_bytes
 from scalelong_fast.planning.request import RECOMPUTE, PlanRequest
 from scalelong_fast.planning.timing import Cluster, StepTime, step_time
 from scalelong_fast.planning.tracing import Trace, trace
+from scalelong_fast.training.compiling import BLOCKWISE_PARAMETERS
 from scalelong_fast.training.config import RunConfig
 from scalelong_fast.training.flops import flops_per_image, model_flops_utilisation
 from scalelong_fast.training.presets import PRESETS
 
 GIB = 1 << 30
+
+#: Images of the presets' training sets, by the name of the set or of its packed folder.
+IMAGES = {"digits": 1797, "cifar10": 50_000, "celeba64": 162_770, "imagenet64": 1_281_167}
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,11 @@ class _Planner:
             averages=self.averages,
             assumptions=self.assumptions,
         )
-        needed = memory(self.model, self.sizes, traced, **common)
+        # As ``--train.compile auto`` decides.
+        copied = parallel in ("none", "ddp")
+        whole = request.compile and copied and self.sizes.parameters < BLOCKWISE_PARAMETERS
+        data_bytes = resident_bytes(self.model, request.images)
+        needed = memory(self.model, self.sizes, traced, gpus=request.gpus, whole=whole, data_bytes=data_bytes, **common)
         time = step_time(traced, self.sizes, self.cluster, compiled=request.compile, clipped=self.clipped, **common)
         return Option(parallel, recompute, needed, int(self.cluster.gpu.memory * GIB), time)
 
@@ -240,8 +248,14 @@ def _complete(request: PlanRequest, model: ModelConfig | None) -> tuple[PlanRequ
         if filled.batch is None:
             raise invalid("--batch", None, "samples a step, since no training preset has this network", "Give --batch.")
         return filled, RunConfig(model=model)
-    batch, steps = filled.batch or preset.train.batch_size, filled.steps or preset.train.steps
-    return dataclasses.replace(filled, batch=batch, steps=steps), dataclasses.replace(preset, model=model)
+    data = preset.data
+    known = {
+        "batch": preset.train.batch_size,
+        "steps": preset.train.steps,
+        "images": IMAGES.get(data.path.name if data.path is not None else data.name),
+    }
+    missing = {name: value for name, value in known.items() if getattr(filled, name) is None}
+    return dataclasses.replace(filled, **missing), dataclasses.replace(preset, model=model)
 
 
 def _network(name: str) -> ModelConfig:

@@ -1,13 +1,16 @@
 """What is asked of the planner."""
 
+import typing
 from dataclasses import dataclass
 
 from scalelong_fast.errors import check_range, invalid, unknown_name
 from scalelong_fast.planning.gpus import resolve_gpu
+from scalelong_fast.training.config import Parallel, Precision, Recompute
 
-PARALLEL = ("none", "ddp", "fsdp", "hsdp")
-RECOMPUTE = ("none", "selective", "block")
-PRECISIONS = ("bf16", "fp16", "fp32")
+#: What training knows, but for what it decides by the machine that it runs on.
+PARALLEL = ("none", *(name for name in typing.get_args(Parallel) if name != "auto"))
+RECOMPUTE = typing.get_args(Recompute)
+PRECISIONS = tuple(name for name in typing.get_args(Precision) if not name.startswith("auto"))
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,14 @@ class PlanRequest:
     """Whether the step is compiled."""
     steps: int | None = None
     """Steps of the run; default: the training preset's."""
+    images: int | None = None
+    """Images of the training set, which lies on every GPU where it takes no more than 4 GiB; default: the training
+    preset's, none for a network alone."""
 
     def __post_init__(self) -> None:
         for name in ("gpus", "gpus_per_node", "accumulate"):
             check_range(f"--{name.replace('_', '-')}", getattr(self, name), low=1, integer=True)
-        for name in ("batch", "steps"):
+        for name in ("batch", "steps", "images"):
             if getattr(self, name) is not None:
                 check_range(f"--{name}", getattr(self, name), low=1, integer=True)
         for name, known in (("parallel", PARALLEL), ("recompute", RECOMPUTE)):

@@ -115,7 +115,7 @@ class _Watch(TorchDispatchMode):
         read = {number for t in tensors if (number := self.storages.number(t)) is not None}
         self.storages.operator += 1
         written = [self.storages.add(t) for t in outputs]
-        if func is torch.ops.aten._to_copy.default and read <= self.parameters:
+        if func is torch.ops.aten._to_copy.default and read and read <= self.parameters:
             self.storages.weights.update(written)
         if outputs and not (_is_view(func) or (set(written) <= read and not func._schema.is_mutable)):
             self._note(func, args, kwargs or {}, out, tensors, outputs)
@@ -224,9 +224,8 @@ def _traced(
         if arch != "cpu":
             stack.enter_context(assume_architecture(arch))
         stack.enter_context(watch)
-        # fp16 stands for bf16, of the same size: these are CPU tensors, and for bf16 CPUs have layers of their own.
-        dtype = torch.bfloat16 if arch == "cpu" else torch.float16
-        with torch.autocast("cpu", dtype=dtype, enabled=precision != "fp32"):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             loss = diffusion_loss(model, schedule, x0, noise, u, y)
         forward = watch.storages.operator
         watch.backward = True

@@ -56,7 +56,7 @@ def write_step(repository, *records, machine="cpu-test"):
 
 
 def run(repository, *args):
-    return report.main(args, readme=repository / "README.md", results=repository / "results", root=repository), (
+    return report.main(args, pages=[repository / "README.md"], results=repository / "results", root=repository), (
         repository / "README.md"
     ).read_text()
 

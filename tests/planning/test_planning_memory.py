@@ -9,14 +9,15 @@ import torch
 
 from benchmarks.plan import Passes
 from benchmarks.plan import measured_peak as peak_of
+from scalelong_fast.data import ImageDataset
 from scalelong_fast.diffusion import create_schedule
 from scalelong_fast.models import UNetConfig, UViTConfig, build_model
 from scalelong_fast.planning.assumptions import Assumptions
-from scalelong_fast.planning.memory import count, memory, state_bytes
-from scalelong_fast.planning.tracing import example_batch
+from scalelong_fast.planning.memory import count, memory, resident_bytes, state_bytes
+from scalelong_fast.planning.tracing import _Watch, example_batch
 from scalelong_fast.planning.tracing import trace as uncached_trace
 from scalelong_fast.training import RunConfig, TrainConfig
-from scalelong_fast.training.batches import Draw
+from scalelong_fast.training.batches import BatchSource, Draw
 from scalelong_fast.training.objective import DenoisingObjective
 
 trace = functools.cache(uncached_trace)
@@ -115,6 +116,28 @@ class TestActivations:
         )
         assert block < selective < none
 
+    def test_bf16_is_traced_as_such(self):
+        # Only bf16 autocast narrows the residual stream, and with it what is kept of it.
+        narrow = dataclasses.replace(UVIT, residual_dtype="bf16")
+        assert trace(narrow, 4).activations < trace(UVIT, 4).activations
+        assert trace(narrow, 4, precision="fp16").activations == trace(UVIT, 4, precision="fp16").activations
+
+    @pytest.mark.parametrize("name", ["uvit", "unet"])
+    def test_bf16_takes_as_much_as_fp16_and_the_ops_of_a_gpu(self, name):
+        bf16, fp16 = (trace(MODELS[name], 2, precision=precision) for precision in ("bf16", "fp16"))
+        assert bf16.activations == fp16.activations
+        assert bf16.flops == fp16.flops
+
+    def test_only_casts_of_parameters_are_copies_of_weights(self):
+        parameter, other = torch.ones(3), torch.ones(3)
+        watch = _Watch([parameter], [])
+        with watch:
+            other.to(torch.float16)
+        assert not watch.storages.weights
+        with watch:
+            parameter.to(torch.float16)
+        assert len(watch.storages.weights) == 1
+
     def test_are_those_of_the_fused_ops_of_a_gpu(self):
         kinds = {work.kind for work in trace(UVIT, 4).work}
         assert kinds == {"product", "fused", "pointwise"}
@@ -157,7 +180,7 @@ class TestStates:
 
 
 class TestSharing:
-    def needs(self, parallel, shards=1, accumulate=1, assumptions=BARE):
+    def needs(self, parallel, shards=1, accumulate=1, assumptions=BARE, **facts):
         sizes = count(UVIT)
         return sizes, memory(
             UVIT,
@@ -169,6 +192,7 @@ class TestSharing:
             precision="bf16",
             averages=1,
             assumptions=assumptions,
+            **facts,
         )
 
     def test_one_gpu_needs_states_and_the_worst_moment(self):
@@ -193,8 +217,49 @@ class TestSharing:
         assert items["gathered parameters"] >= 4 * sizes.rest + 2 * max(sizes.blocks)
         assert "weights in autocast's dtype" not in items  # they come in that dtype
 
+    def test_the_noise_of_all_samples_is_drawn_on_every_gpu(self):
+        _, few = self.needs("ddp", gpus=8)
+        _, many = self.needs("ddp", gpus=4096)
+        assert few == self.needs("ddp")[1]
+        noise = 4 * (4096 * 4) * 3 * 16 * 16
+        assert many["activations and work"] == noise > few["activations and work"]
+
+    def test_one_graph_of_the_whole_holds_its_gradients_until_its_end(self):
+        sizes, ddp = self.needs("ddp")
+        _, whole = self.needs("ddp", whole=True)
+        more = sum(whole.values()) - sum(ddp.values())
+        assert 0 < more <= 4 * sizes.parameters
+        traced = trace(UVIT, 4)
+        worst = sum(
+            whole.get(k, 0) for k in ("gradients of the graph", "weights in autocast's dtype", "activations and work")
+        )
+        assert worst == traced.peak
+        assert self.needs("none", whole=True) == self.needs("none")
+
     def test_context_and_fragmentation_come_on_top(self):
         _, bare = self.needs("none")
         _, items = self.needs("none", assumptions=Assumptions(context=7, fragmentation=0.5))
         assert items["context and libraries"] == 7
         assert items["fragmentation"] == math.floor(0.5 * sum(bare.values()))
+
+
+class TestDataSet:
+    def test_lies_on_the_gpu_up_to_four_gib(self):
+        bare = dataclasses.replace(UVIT, num_classes=-1)
+        assert resident_bytes(bare, 1000) == 1000 * 3 * 16 * 16
+        assert resident_bytes(UVIT, 1000) == 1000 * (3 * 16 * 16 + 8)
+        assert resident_bytes(bare, (4 << 30) // (3 * 16 * 16) + 1) == 0
+
+    def test_not_of_latents_nor_with_captions_nor_where_its_size_is_unknown(self):
+        assert resident_bytes(dataclasses.replace(UVIT, in_chans=4), 1000) == 0
+        assert resident_bytes(TEXT, 1000) == 0
+        assert resident_bytes(UVIT, None) == 0
+
+    def test_is_that_of_a_run(self):
+        count = 23
+        images = ImageDataset(
+            "toy", torch.zeros(count, 3, 16, 16, dtype=torch.uint8), torch.zeros(count).long(), 10, ("",) * 10
+        )
+        batches = BatchSource(images, RunConfig(model=UVIT, train=TrainConfig(batch_size=2)), torch.device("cpu"))
+        assert batches.resident
+        assert resident_bytes(UVIT, count) == images.images.nbytes + images.labels.nbytes

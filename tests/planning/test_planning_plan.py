@@ -7,12 +7,15 @@ import re
 import pytest
 
 import scalelong_fast.planning.plan as module
+from scalelong_fast.data import load_images
 from scalelong_fast.errors import UserError
 from scalelong_fast.planning import GPU, PlanRequest
 from scalelong_fast.planning import make_plan as plan_of_a_model
 from scalelong_fast.planning.gpus import GPUS
+from scalelong_fast.planning.plan import IMAGES
 from scalelong_fast.planning.tracing import trace
 from scalelong_fast.training import get_preset
+from scalelong_fast.training.presets import PRESETS
 
 MODEL = "uvit_digits"
 
@@ -100,6 +103,15 @@ class TestPresets:
             assert (plan.request.batch, plan.request.steps) == (run.train.batch_size, run.train.steps)
             assert plan.days == pytest.approx(run.train.steps * plan.best.time.total / 86_400)
 
+    def test_the_data_set_is_planned_for_where_it_lies_on_the_gpu(self):
+        small = plan_of_a_model(PlanRequest("digits-uvit", recompute="none"))
+        assert small.request.images == len(load_images("digits"))
+        assert small.best.memory["data set"] == 1797 * (64 + 8)
+        assert "data set" not in plan_of_a_model(PlanRequest("digits-uvit", images=10**9, recompute="none")).best.memory
+        assert IMAGES.keys() <= {
+            run.data.name if run.data.path is None else run.data.path.name for _, run in PRESETS.values()
+        }
+
     def test_what_is_given_counts(self):
         plan = plan_of_a_model(PlanRequest("digits-uvit", batch=32, steps=7, recompute="none"))
         assert (plan.request.batch, plan.request.steps) == (32, 7)
@@ -143,6 +155,7 @@ class TestBadRequests:
             ({"gpus": 0}, r"--gpus: got 0"),
             ({"batch": -1}, r"--batch: got -1"),
             ({"steps": 0}, r"--steps: got 0"),
+            ({"images": 0}, r"--images: got 0"),
             ({"accumulate": 0}, r"--accumulate: got 0"),
             ({"gpus_per_node": 0}, r"--gpus-per-node: got 0"),
             ({"parallel": "fdsp"}, r"--parallel: got 'fdsp'.*'fsdp'"),
