@@ -48,6 +48,8 @@ setup(
         "dev": [
             *TRAIN,
             "hypothesis>=6.100",
+            "jinja2>=3.1",
+            "markdown-it-py>=3.0",
             "peft>=0.13",
             "pytest>=8.0",
             "pytest-benchmark>=4.0",

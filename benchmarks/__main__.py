@@ -11,6 +11,7 @@ COMMANDS = {
     "ops": "time every op: PyTorch eager and compiled against each of our plans",
     "uvit": "time training steps of the published U-ViTs: what LS costs, fused and unfused",
     "unet": "time training steps of the UNets: plain, compiled and fused, what scaling costs",
+    "inference": "time 50-step sampling: latency and throughput, eager and compiled",
     "step": "time a whole training step against the authors' recipe",
     "stream": "compare a bf16 with an fp32 residual stream by the loss reached on digits",
     "loader": "time the reading of packed data, alone and beside training steps",
@@ -21,7 +22,8 @@ COMMANDS = {
     "aot": "compile every kernel with no GPU, and look for spills and missing matrix instructions",
     "sanitize": "look for bad memory accesses and races on a GPU",
     "groups": "rewrite the tables and the picture of docs/groupnorm-and-kappa.md",
-    "report": "rewrite the tables of README.md from the result files",
+    "compare": "time the working tree against an earlier commit",
+    "report": "rewrite the tables of README.md from the result files, or put all on one page (--html)",
 }
 
 USAGE = """usage: python -m benchmarks COMMAND ...

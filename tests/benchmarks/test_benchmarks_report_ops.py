@@ -102,7 +102,7 @@ def test_report_draws_the_bars_and_shows_them(tmp_path, capsys):
     write(tmp_path, [*FAST, record("eager", 10.0, op="se_gate"), record("dispatch", 8.0, op="se_gate")], GPU)
     readme = tmp_path / "README.md"
     readme.write_text("<!-- benchmark:ops -->\n<!-- /benchmark:ops -->\n")
-    keywords = {"readme": readme, "results": tmp_path / "results", "root": tmp_path}
+    keywords = {"pages": [readme], "results": tmp_path / "results", "root": tmp_path}
     assert report.main([], **keywords) == 0
     picture = tmp_path / "docs" / "images" / "ops-nvidia-test.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -119,6 +119,6 @@ def test_without_matplotlib_the_tables_are_made_all_the_same(tmp_path, monkeypat
     write(tmp_path, FAST, CPU)
     readme = tmp_path / "README.md"
     readme.write_text("<!-- benchmark:ops -->\n<!-- /benchmark:ops -->\n")
-    assert report.main([], readme=readme, results=tmp_path / "results", root=tmp_path) == 0
+    assert report.main([], pages=[readme], results=tmp_path / "results", root=tmp_path) == 0
     assert "was not drawn" in capsys.readouterr().out
     assert "docs/images" not in readme.read_text()
