@@ -17,11 +17,14 @@ COMMANDS = {
     "ema": "make averages of any width from the snapshots of a run",
     "evaluate": "compare a run's images with real ones (FID)",
     "fid-stats": "statistics of a data set, for evaluate",
+    "analyze": "measure the paper's figures and theorems, and pick κ with evidence",
+    "push": "publish a run on the Hugging Face Hub, with a model card",
     "prepare": "pack a data set into memory-mapped shards to train on",
     "models": "list the model presets",
     "presets": "show the training presets beside the paper's settings",
     "plan": "predict memory, time and the best sharding of a run on any number of GPUs",
     "tune": "time the fused ops' plans on this machine and remember the fastest",
+    "bench": "run the repository's benchmarks",
 }
 
 USAGE = """usage: scalelong-fast COMMAND ...

@@ -96,8 +96,6 @@ def memory(
     """
     items = state_bytes(sizes, shards, averages)
     items["data set"] = data_bytes
-    # A whole copy of the average, which checkpoints and samples are made from.
-    items["model for samples"] = FLOAT * sizes.parameters
     items["batches"] = 2 * accumulate * _batch_bytes(config, trace.batch)
     sharded = parallel in ("fsdp", "hsdp")
     if sharded:

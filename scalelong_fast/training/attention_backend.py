@@ -104,6 +104,8 @@ def _run(
 def sound_attention(config: ModelConfig, execution: Execution) -> Iterator[str | None]:
     """Prefer, inside, the first kernel that passes :func:`is_sound` at the network's shapes; others stand in for it.
 
+    A compiled step keeps the kernel that was preferred when its first call was traced: that call belongs inside.
+
     Yields:
         A line that names it; None on a CPU and for networks that do not use PyTorch's attention.
     """

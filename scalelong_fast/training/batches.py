@@ -103,8 +103,10 @@ class BatchSource:
             u = self._uniform()
         else:
             u = stratified_uniform(self.size, generator=self.generator, device=self.device)
-        noise = self._normal(self.generator)
-        return Draw(x0, labels, noise[part], u[part])
+        noise = self._normal(self.generator)[part]
+        if noise.shape[0] < self.size:
+            noise = noise.clone()  # a view would keep the noise of all processes for the whole step
+        return Draw(x0, labels, noise, u[part])
 
     def close(self) -> None:
         """Stop reading ahead."""

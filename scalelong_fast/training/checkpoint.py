@@ -2,10 +2,7 @@
 
 import re
 import shutil
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYetError
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,10 @@ from scalelong_fast.training.checkpoint_files import (
     write_manifest,
     write_tensors,
 )
-from scalelong_fast.training.checkpoint_names import prepare, publish, remove
+from scalelong_fast.training.checkpoint_names import prepare, publish, remove, restore
 from scalelong_fast.training.files import fsync_directory, hash_file, write_atomically, write_json
 from scalelong_fast.training.ranks import Ranks
+from scalelong_fast.training.writing import Pulse, Writing
 from scalelong_fast.version import __version__
 
 __all__ = ["CheckpointFolder", "fsync_directory", "write_atomically", "write_json"]
@@ -41,13 +39,13 @@ class CheckpointFolder:
         path: the folder; created by the first save.
         keep: newest checkpoints kept.
         ranks: the processes that save and load together; this one alone by default.
-        background: return from :meth:`save` once the state is copied, and write in a thread.
+        background: return from :meth:`save` once the state is copied, and write meanwhile.
     """
 
     def __init__(self, path: Path, keep: int = 2, ranks: Ranks | None = None, background: bool = False):
         self.path, self.keep, self.background = path, keep, background
         self.ranks = ranks or Ranks()
-        self._writing: Future | None = None
+        self._writing: Writing | None = None
 
     def steps(self) -> list[int]:
         """Steps for which there is a checkpoint, ascending; its content is not looked at."""
@@ -59,7 +57,11 @@ class CheckpointFolder:
         """Where the checkpoint of ``step`` lies."""
         return self.path / f"step_{step:09d}"
 
-    def save(self, step: int, state: dict[str, Any]) -> Path:
+    def restore_names(self) -> None:
+        """Bring back a checkpoint that was hidden for another to take its place, which a crash then prevented."""
+        restore(self.path)
+
+    def save(self, step: int, state: dict[str, Any], then: Callable[[Pulse], None] | None = None) -> Path:
         """Write the checkpoint of ``step`` and drop the ones beyond ``keep``; every process must call it.
 
         A crash at any moment leaves either the old checkpoints or these and the complete new one. Waits for the save
@@ -69,43 +71,37 @@ class CheckpointFolder:
             step: number of finished steps.
             state: nest of dicts and lists; leaves are tensors and JSON values. Plain tensors are the same on all
                 processes, DTensors lie on them in shares.
+            then: what rank 0 is to write once the checkpoint is complete, in the same thread; what it touches must stay
+                as it is until :meth:`wait` has returned.
 
         Raises:
             UserError: disk full or folder not writable, now or at the save before; earlier checkpoints are untouched.
+            OSError: ``then`` raised it; raised on every process.
         """
         self.wait()
         tree, tensors = flatten(state)
         mine = self._my_part(tensors)
+        tensors = {
+            name: tensor.detach().to("cpu", copy=True) if self.background else tensor.detach()
+            for name, tensor in mine.items()
+        }
+        self._writing = Writing(lambda pulse: self._write(step, tree, tensors, then, pulse), self.ranks)
         if not self.background:
-            self._write(step, tree, {name: tensor.detach() for name, tensor in mine.items()})
-            return self.file(step)
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in mine.items()}
-        self._writing = future = Future()
-
-        def write() -> None:
-            try:
-                future.set_result(self._write(step, tree, copies))
-            except BaseException as error:  # handed over to wait()
-                future.set_exception(error)
-
-        # The interpreter waits for it before it ends; but not for processes that may hang.
-        threading.Thread(target=write, name="checkpoint", daemon=self.ranks.several).start()
+            self.wait()
         return self.file(step)
 
     def wait(self) -> None:
         """Wait for the save under way, if there is one.
 
         Raises:
-            UserError: what :meth:`save` raises, of that save.
+            UserError, OSError: what :meth:`save` raises, of that save.
         """
-        future, self._writing = self._writing, None
-        while future is not None:
+        if self._writing is not None:
             try:
-                return future.result(timeout=1.0)
-            except NotYetError:
-                if future.done():
-                    raise
-                self.ranks.beat()  # it is alive, if slow
+                self._writing.wait()
+            finally:
+                if self._writing.done():  # else the wait was interrupted, and may be taken up again
+                    self._writing = None
 
     def _my_part(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """What this process writes: its shares of DTensors, and of the tensors all have about as much as the others."""
@@ -121,13 +117,18 @@ class CheckpointFolder:
                 mine[name] = tensor
         return mine
 
-    def _write(self, step: int, tree: Any, tensors: dict[str, Tensor]) -> None:
+    def _write(
+        self, step: int, tree: Any, tensors: dict[str, Tensor], then: Callable[[Pulse], None] | None, pulse: Pulse
+    ) -> None:
         final = self.file(step)
         temporary = final.with_name(f".{final.name}.tmp")
         try:
             self._together(lambda: prepare(self.path, temporary), main_only=True)
-            write_tensors(temporary, tensors, self.ranks.saving)
-            own = self._together(lambda: self._hash_own(temporary))
+            pulse.passed(temporary)
+            write_tensors(temporary, tensors, self.ranks.saving, lambda: pulse.passed(temporary))
+            pulse.passed()
+            own = self._together(lambda: self._hash_own(temporary, pulse))
+            pulse.passed()
             hashes = {name: value for part in own for name, value in part.items()}
             facts = {"step": step, "version": __version__, "torch": torch.__version__, "world": self.ranks.world}
 
@@ -147,11 +148,15 @@ class CheckpointFolder:
                 f"out: could not write {final} ({error}). {kept}. Free some space or make the folder writable, then "
                 "run the same command again to go on."
             ) from error
+        if then is not None:
+            pulse.passed()
+            self._together(lambda: then(pulse), main_only=True)
 
-    def _hash_own(self, folder: Path) -> dict[str, str]:
+    def _hash_own(self, folder: Path, pulse: Pulse) -> dict[str, str]:
         """Checksums of the files that this process wrote."""
         names = [path.name for path in folder.glob(f"__{self.ranks.rank}_*")]
-        return {name: hash_file(folder / name) for name in [*names, *([".metadata"] if self.ranks.is_main else [])]}
+        names += [".metadata"] if self.ranks.is_main else []
+        return {name: hash_file(folder / name, pulse.tick) for name in names}
 
     def _together(self, action: Callable[[], Any], main_only: bool = False) -> list[Any]:
         """Results of ``action`` on every process; an OSError of one is raised on all."""
@@ -183,8 +188,7 @@ class CheckpointFolder:
             UserError: written by another version, or of another model than the template's.
         """
         folder = self.file(step)
-        manifest = self._verify(step, folder)
-        index = read_index(folder)
+        manifest, index = self._verify(step, folder)
         if template is None:
             tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in index.items()}
             read_tensors(folder, tensors, None)
@@ -195,9 +199,9 @@ class CheckpointFolder:
             read_tensors(folder, tensors, self.ranks.saving)
         return unflatten(manifest["state"], tensors)
 
-    def _verify(self, step: int, folder: Path) -> dict[str, Any]:
-        """The manifest, once every file has been compared with it; each process reads some of them."""
-        manifest, problem = None, None
+    def _verify(self, step: int, folder: Path) -> tuple[dict[str, Any], dict[str, tuple[torch.Size, torch.dtype]]]:
+        """Manifest and index, once every file has been compared with the manifest; each process reads some of them."""
+        manifest, index, problem = None, {}, None
         try:
             manifest = read_manifest(folder)
             if manifest["format"] == FORMAT:
@@ -207,6 +211,7 @@ class CheckpointFolder:
                     self.ranks.beat()
                     if number % self.ranks.world == self.ranks.rank and hash_file(folder / name) != sha:
                         raise ValueError(f"{name} does not match its checksum")
+                index = read_index(folder)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problem = str(error) if isinstance(error, (OSError, ValueError)) else type(error).__name__
         for told in self.ranks.gather(problem):
@@ -215,7 +220,7 @@ class CheckpointFolder:
         assert manifest is not None
         if manifest["format"] != FORMAT:
             raise self._foreign(folder, f"format {manifest['format']}", f"scalelong_fast {manifest['version']}")
-        return manifest
+        return manifest, index
 
     def _foreign(self, what: Path, found: str, writer: str) -> UserError:
         return UserError(

@@ -26,13 +26,21 @@ _TENSOR = "tensor:"
 _ABSENT = object()
 
 #: What DCP's own index of a checkpoint, a pickle, may be made of.
+_NAMES = (
+    *(
+        (metadata, name)
+        for name in (
+            *("Metadata", "TensorStorageMetadata", "TensorProperties", "MetadataIndex", "_MEM_FORMAT_ENCODING"),
+            *("ChunkStorageMetadata", "BytesStorageMetadata", "StorageMeta"),
+        )
+    ),
+    (filesystem, "_StorageInfo"),
+    (torch.serialization, "_get_layout"),
+)
+#: A name that some version lacks is not in its indices either; it must not keep everything else from being imported.
 _HARMLESS = {
-    *(getattr(metadata, name) for name in ("Metadata", "TensorStorageMetadata", "TensorProperties", "MetadataIndex")),
-    *(getattr(metadata, name) for name in ("ChunkStorageMetadata", "BytesStorageMetadata", "StorageMeta")),
-    metadata._MEM_FORMAT_ENCODING,
-    filesystem._StorageInfo,
+    *(found for module, name in _NAMES if (found := getattr(module, name, None)) is not None),
     torch.Size,
-    torch.serialization._get_layout,
     pathlib.PosixPath,
     pathlib.WindowsPath,
 }
@@ -60,6 +68,20 @@ class _Reader(dcp.FileSystemReader):
             index.storage_meta = metadata.StorageMeta()
         index.storage_meta.load_id = self.load_id
         return index
+
+
+class _Writer(dcp.FileSystemWriter):
+    """DCP's writer; says when this process's own file is complete."""
+
+    def __init__(self, folder: Path, written: Callable[[], None]):
+        # No copying ahead: for that DCP asks the first GPU for a stream, from a thread, and so makes a context on it.
+        super().__init__(folder, single_file_per_rank=True, sync_files=True, per_thread_copy_ahead=0)
+        self._written = written
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        results = super().write_data(*args, **kwargs)
+        self._written()
+        return results
 
 
 def flatten(state: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
@@ -91,17 +113,23 @@ def unflatten(tree: Any, tensors: dict[str, Tensor]) -> Any:
     return tree
 
 
-def write_tensors(folder: Path, tensors: dict[str, Tensor], group: "dist.ProcessGroup | None") -> None:
+def write_tensors(
+    folder: Path, tensors: dict[str, Tensor], group: "dist.ProcessGroup | None", written: Callable[[], None]
+) -> None:
     """Write ``tensors`` into ``folder``; of several processes, each what it holds.
+
+    Args:
+        folder: where to.
+        tensors: by name.
+        group: the processes that write together; None in a run of one.
+        written: called when this process's own file is complete.
 
     Raises:
         OSError: it could not be written; raised on every process, whichever failed.
     """
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-    # No copying ahead: for that DCP asks the first GPU for a stream, from a thread, and so makes a context on it.
-    writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, per_thread_copy_ahead=0)
     try:
-        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+        dcp.save(tensors, storage_writer=_Writer(folder, written), process_group=group, no_dist=group is None)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise OSError(str(cause)) from error

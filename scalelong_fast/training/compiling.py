@@ -5,9 +5,7 @@ from torch import nn
 
 from scalelong_fast.errors import invalid
 from scalelong_fast.training.blocks import repeated_blocks
-
-#: What ``train.compile`` may say, beside ``auto`` and ``on``.
-MODES = ("off", "block", "whole", "graphs")
+from scalelong_fast.training.config import Compile
 
 #: From how many parameters on ``auto`` compiles block by block. The time to compile the whole graph grows with the
 #: depth, minutes for the deepest networks; that of the blocks does not.
@@ -18,16 +16,18 @@ BLOCKWISE_PARAMETERS = 60_000_000
 KINDS_OF_BLOCK = 64
 
 
-def choose_mode(compile_setting: str, model: nn.Module, sharded: bool = False) -> str:
+def choose_mode(compile_setting: Compile, model: nn.Module, sharded: bool = False, several: bool = False) -> Compile:
     """Resolve ``train.compile`` for a network; whether to compile at all is decided already.
 
     Args:
-        compile_setting: ``auto``, ``on`` (the same as ``whole``) or one of :data:`MODES`.
+        compile_setting: what the run says; ``off`` stays.
         model: the network.
         sharded: whether the parameters are sharded block by block, which one graph of the whole cannot see through.
+        several: whether several processes exchange gradients: those of one graph would all come at its end, while those
+            of blocks are on their way as the backward goes on.
 
     Returns:
-        One of :data:`MODES`.
+        ``off``, ``block``, ``whole`` or ``graphs``.
 
     Raises:
         UserError: ``whole`` or ``graphs`` of a sharded network, ``block`` of one without blocks.
@@ -35,8 +35,8 @@ def choose_mode(compile_setting: str, model: nn.Module, sharded: bool = False) -
     blocks = bool(repeated_blocks(model))
     if compile_setting == "auto":
         big = sum(p.numel() for p in model.parameters()) >= BLOCKWISE_PARAMETERS
-        return "block" if blocks and (big or sharded) else "whole"
-    mode = "whole" if compile_setting == "on" else compile_setting
+        return "block" if blocks and (big or sharded or several) else "whole"
+    mode: Compile = "whole" if compile_setting == "on" else compile_setting
     if mode == "block" and not blocks:
         raise invalid("train.compile", mode, "whole or off for a network without repeated blocks")
     if sharded and mode in ("whole", "graphs"):
@@ -46,16 +46,17 @@ def choose_mode(compile_setting: str, model: nn.Module, sharded: bool = False) -
     return mode
 
 
-def compile_objective(objective: nn.Module, mode: str) -> nn.Module:
+def compile_objective(objective: nn.Module, mode: Compile) -> nn.Module:
     """Compile forward and loss; the backward comes with them.
 
     Nothing is compiled before the first call. Shapes are static: a batch of another shape compiles anew.
 
     Args:
         objective: a module with the network as ``model``; returns the loss.
-        mode: ``off``; ``block``: each of :func:`repeated_blocks` in place, equal ones sharing one compilation, and what
-            lies between them eagerly; ``whole``: one graph of everything; ``graphs``: the same, replayed as CUDA
-            graphs, whose steps the caller announces with ``torch.compiler.cudagraph_mark_step_begin``.
+        mode: ``off``; ``block``: each of :func:`repeated_blocks` that is more than a convolution in place, equal ones
+            sharing one compilation, and what lies between them eagerly; ``whole``: one graph of everything; ``graphs``:
+            the same, replayed as CUDA graphs, whose steps the caller announces with
+            ``torch.compiler.cudagraph_mark_step_begin``.
 
     Returns:
         The module to call. Parameters keep their names in ``objective``.
@@ -67,7 +68,9 @@ def compile_objective(objective: nn.Module, mode: str) -> nn.Module:
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, KINDS_OF_BLOCK)
         for block in repeated_blocks(objective.model):
-            block.compile(fullgraph=True, dynamic=False)
+            # A stage that is one convolution has nothing to be fused with: compiling it would take time alone.
+            if len(list(block.parameters())) > 2:
+                block.compile(fullgraph=True, dynamic=False)
         return objective
     if mode == "whole":
         return torch.compile(objective, fullgraph=True, dynamic=False)

@@ -18,8 +18,11 @@ from scalelong_fast.training.posthoc_profiles import check_sigma
 ARCHITECTURES: dict[str, type[ModelConfig]] = {"uvit": UViTConfig, "unet": UNetConfig}
 _OLDEST = "uvit"
 
-#: Ways to share a step between processes.
-PARALLEL = ("auto", "ddp", "fsdp", "hsdp")
+#: What ``train.compile``, ``.recompute``, ``.precision`` and ``.parallel`` may say; the fields explain it.
+Compile = Literal["auto", "off", "block", "whole", "graphs", "on"]
+Recompute = Literal["none", "selective", "block"]
+Precision = Literal["auto", "auto-gpu", "bf16", "fp16", "fp32"]
+Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,12 @@ class TrainConfig:
     """Checkpoints kept, newest first."""
     sample_every: int = 0
     """Steps between sample grids; 0: only at the end."""
-    compile: Literal["auto", "off", "block", "whole", "graphs", "on"] = "auto"
+    compile: Compile = "auto"
     """What torch.compile turns into one graph: block (each block of the network; starts fast), whole (forward and loss,
     and the backward with them), graphs (the same, replayed as CUDA graphs; GPUs only); on is whole. auto: whole, or
-    block in big networks, where a compiler is found and the run has at least 500 steps to repay it."""
-    recompute: Literal["none", "block", "selective"] = "none"
+    block in big networks and in several processes (fsdp and hsdp take no other); where a compiler is found and the run
+    has at least 500 steps to repay it."""
+    recompute: Recompute = "none"
     """Activations made again in the backward, to save memory: selective (norms, activations and additions, for little
     time), block (all inside a block, for a forward more). The same gradients."""
     profile: int = 0
@@ -117,7 +121,7 @@ class TrainConfig:
     profile/; 0: none."""
     tf32: bool = True
     """Let a GPU round the factors of float32 products and convolutions to TF32; no matter in bf16 and fp16."""
-    precision: Literal["auto", "auto-gpu", "bf16", "fp16", "fp32"] = "auto"
+    precision: Precision = "auto"
     """Autocast dtype; auto: bf16 where the hardware computes in it, else fp16 on a GPU and fp32 on a CPU; auto-gpu: the
     same on a GPU, fp32 on any CPU."""
     device: str = "auto"
@@ -127,7 +131,7 @@ class TrainConfig:
     compat: bool = False
     """Follow the authors' released code where we deviate: decay every parameter, draw times independently instead of
     stratified over the batch."""
-    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    parallel: Parallel = "auto"
     """How several processes (torchrun) share the work: ddp (each has the whole model), fsdp (each has a share of it),
     hsdp (shares within a machine, copies across machines); auto: ddp. Of no consequence in a run of one process."""
     accumulate: int = 1
@@ -148,8 +152,6 @@ class TrainConfig:
         check_range("train.weight_decay", self.weight_decay, low=0)
         check_range("train.grad_clip", self.grad_clip, low=0)
         check_range("train.timeout", self.timeout, low=1, high=7 * 24 * 3600)
-        if self.parallel not in PARALLEL:
-            raise unknown_name("train.parallel", self.parallel, PARALLEL)
         check_range("train.ema_decay", self.ema_decay, low=0, high=1, high_open=True)
         for sigma in self.ema_profiles:
             check_sigma("train.ema_profiles", sigma)
@@ -161,13 +163,10 @@ class TrainConfig:
             check_range("train.betas", beta, low=0, high=1, high_open=True)
         if 0 < self.decay_steps <= self.warmup_steps:
             raise invalid("train.decay_steps", self.decay_steps, f"more than train.warmup_steps = {self.warmup_steps}")
-        precisions = ("auto", "auto-gpu", "bf16", "fp16", "fp32")
-        compiles = ("auto", "off", "block", "whole", "graphs", "on")
-        recomputes = ("none", "block", "selective")
-        choices = (("compile", compiles), ("precision", precisions), ("recompute", recomputes))
-        for name, known in choices:
-            if getattr(self, name) not in known:
-                raise unknown_name(f"train.{name}", getattr(self, name), known)
+        choices = {"compile": Compile, "recompute": Recompute, "precision": Precision, "parallel": Parallel}
+        for name, known in choices.items():
+            if getattr(self, name) not in typing.get_args(known):
+                raise unknown_name(f"train.{name}", getattr(self, name), typing.get_args(known))
         check_bool("train.tf32", self.tf32)
         if self.compile == "graphs" and self.accumulate > 1:
             # The parts' gradients would lie in the memory that the next replay writes to.

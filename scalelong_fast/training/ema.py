@@ -21,15 +21,15 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
         self.names = [name for name, _ in model.named_parameters()]
-        self._source = [p.detach() for p in model.parameters()]
-        self._average = [p.clone() for p in self._source]
+        # The parameters themselves: FSDP may move what they hold to other memory when it first runs.
+        self._source = list(model.parameters())
+        self._average = [p.detach().clone() for p in self._source]
         self._shares = [local(average) for average in self._average]
         self._whole = not any(isinstance(p, DTensor) for p in self._source)
 
     @torch.no_grad()
     def update(self, weight: float | None = None) -> None:
         """Take one step, with ``weight`` (default: 1 − d) for the present weights of the model."""
-        # FSDP may move a parameter's share to other memory when it first runs.
         sources = self._source if self._whole else [local(source) for source in self._source]
         torch._foreach_lerp_(self._shares, sources, 1 - self.decay if weight is None else weight)
 

@@ -37,10 +37,17 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of the content, in hexadecimal digits."""
+def fsync_file(path: Path) -> None:
+    """Force what was written to ``path`` to disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def hash_file(path: Path, tick: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 of the content, in hexadecimal digits; ``tick`` is called after every block."""
     sha = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             sha.update(block)
+            tick()
     return sha.hexdigest()

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import re
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -63,8 +64,8 @@ class Peak:
     bf16: bool = True
 
 
-#: From NVIDIA's data sheets and architecture whitepapers, by a part of the name that CUDA reports; the first match
-#: counts. The sheets of Hopper and later give rates with 2:4 sparsity, here halved.
+#: From NVIDIA's data sheets and architecture whitepapers, by the part of the name that CUDA reports; the first match
+#: counts. The sheets from Hopper and Ada on give rates with 2:4 sparsity, some of them no others; those are halved.
 PEAKS: dict[str, Peak] = {
     "GB200": Peak(2500, 1250, 80),
     "B200": Peak(2250, 1125, 75),
@@ -74,6 +75,7 @@ PEAKS: dict[str, Peak] = {
     "H100 PCIe": Peak(756, 378, 51),
     "H100 NVL": Peak(835, 418, 60),
     "H100": Peak(989, 494, 67),
+    "H800 PCIe": Peak(756, 378, 51),
     "H800": Peak(989, 494, 67),
     "A100": Peak(312, 156, 19.5),
     "A800": Peak(312, 156, 19.5),
@@ -88,9 +90,15 @@ PEAKS: dict[str, Peak] = {
     "RTX 5090": Peak(209.5, 104.8, 104.8),
     "RTX 4090": Peak(165.2, 82.6, 82.6),
     "RTX 3090": Peak(71, 35.6, 35.6),
+    "V100 PCIe": Peak(112, 14, 14, bf16=False),
     "V100": Peak(125, 15.7, 15.7, bf16=False),
     "T4": Peak(65, 8.1, 8.1, bf16=False),
 }
+
+#: What else may stand in the name of a GPU with the rates of :data:`PEAKS`: words before them, form and memory after.
+#: Anything else is another GPU (Laptop, Ti, D) or a slice of one (MIG, vGPU).
+_BEFORE = r"(NVIDIA |Tesla |GRID |Quadro |GeForce |RTX )*"
+_AFTER = r"( (SXM\d|PCIe|\d+GB?|HBM\d[a-z]?))*"
 
 
 def peak_flops(device: torch.device | str, autocast: torch.dtype | None = None, tf32: bool = True) -> float | None:
@@ -102,15 +110,15 @@ def peak_flops(device: torch.device | str, autocast: torch.dtype | None = None, 
         tf32: whether float32 products are rounded to TF32.
 
     Returns:
-        FLOP/s, or None where it is not known: of CPUs and of GPUs that are not in :data:`PEAKS`.
+        FLOP/s, or None where it is not known: of CPUs, of GPUs that are not in :data:`PEAKS`, and of slices of one.
     """
     name = device
     if isinstance(device, torch.device):
         if device.type != "cuda":
             return None
         name = torch.cuda.get_device_name(device)
-    words = f" {name} ".replace("-", " ").replace("_", " ")
-    peak = next((peak for key, peak in PEAKS.items() if f" {key} " in words), None)
+    words = name.replace("-", " ").replace("_", " ")
+    peak = next((peak for key, peak in PEAKS.items() if re.fullmatch(_BEFORE + key + _AFTER, words, re.I)), None)
     if peak is None or (autocast == torch.bfloat16 and not peak.bf16):
         return None
     rate = (peak.tf32 if tf32 else peak.fp32) if autocast is None else peak.half

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from scalelong_fast.errors import UserError, invalid
-from scalelong_fast.training.config import TrainConfig
+from scalelong_fast.training.config import Compile, TrainConfig
 
 #: Compiling costs about as much as a few hundred steps of a small model.
 STEPS_THAT_REPAY_COMPILING = 500
@@ -22,32 +22,33 @@ class Execution:
     Attributes:
         device: where model and data live.
         autocast: dtype of autocast, or None for float32 throughout.
-        compile: whether the step is compiled.
+        mode: what of the step is compiled, a :data:`~scalelong_fast.training.config.Compile`; ``off`` where nothing is.
+            The step resolves ``auto`` for its network, see :func:`~scalelong_fast.training.compiling.choose_mode`.
         notes: lines for the user about what was not to be had.
-        mode: what of it is, see :func:`~scalelong_fast.training.compiling.choose_mode`.
     """
 
     device: torch.device
     autocast: torch.dtype | None
-    compile: bool
+    mode: Compile = "off"
     notes: tuple[str, ...] = ()
-    mode: str = "auto"
+
+    @property
+    def compiled(self) -> bool:
+        """Whether anything is compiled."""
+        return self.mode != "off"
 
     def describe(self) -> str:
         precision = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[self.autocast]
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        how = {"block": "compiled block by block", "graphs": "compiled, CUDA graphs"}.get(self.mode, "compiled")
-        return f"{name}, {precision}, {how if self.compile else 'eager'}"
+        ways = {"off": "eager", "block": "compiled block by block", "graphs": "compiled, CUDA graphs"}
+        return f"{name}, {precision}, {ways.get(self.mode, 'compiled')}"
 
 
 def resolve_execution(train: TrainConfig) -> Execution:
     """Resolve ``train.device``, ``train.precision`` and ``train.compile`` on this machine."""
     device = resolve_device(train.device)
-    notes = []
-    compiled, note = _compile(train, device)
-    if note:
-        notes.append(note)
-    return Execution(device, autocast_dtype(train.precision, device), compiled, tuple(notes), train.compile)
+    mode, notes = _mode(train, device)
+    return Execution(device, autocast_dtype(train.precision, device), mode, notes)
 
 
 def resolve_device(name: str, argument: str = "train.device") -> torch.device:
@@ -98,14 +99,14 @@ def find_cxx_compiler() -> str | None:
     return next((path for name in (*candidates, "g++", "clang++") if name and (path := shutil.which(name))), None)
 
 
-def _compile(train: TrainConfig, device: torch.device) -> tuple[bool, str | None]:
+def _mode(train: TrainConfig, device: torch.device) -> tuple[Compile, tuple[str, ...]]:
     if train.compile == "graphs" and device.type != "cuda":
         raise invalid("train.compile", "graphs", "auto, off, block or whole on a CPU", "CUDA graphs need a GPU.")
     if train.compile == "off" or (train.compile == "auto" and train.steps < STEPS_THAT_REPAY_COMPILING):
-        return False, None
+        return "off", ()
     if device.type == "cpu" and find_cxx_compiler() is None:
-        return False, "No C++ compiler found: training eagerly, without torch.compile (install g++ to speed it up)."
-    return True, None
+        return "off", ("No C++ compiler found: training eagerly, without torch.compile (install g++ to speed it up).",)
+    return train.compile, ()
 
 
 @contextmanager
@@ -113,12 +114,21 @@ def fp32_products(device: torch.device, tf32: bool) -> Iterator[None]:
     """Say, inside, whether a GPU may round the factors of float32 products and convolutions to TF32.
 
     bf16 and fp16 products are none of this setting's business, nor is a CPU.
+
+    Raises:
+        UserError: the process has set PyTorch's newer ``fp32_precision``; the older settings can then not be read.
     """
     if device.type != "cuda":
         yield
         return
     # Not the newer ``fp32_precision``: where that is set, torch.compile fails as it reads the older settings (2.13).
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError as error:
+        raise UserError(
+            "train.tf32: this process has set fp32_precision of torch.backends, beside which the settings that "
+            "torch.compile reads cannot be read. Leave it at 'none' and say --train.tf32 or --train.no-tf32."
+        ) from error
     _set_tf32("high" if tf32 else "highest", tf32)
     try:
         yield

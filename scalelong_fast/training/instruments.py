@@ -5,8 +5,10 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 from scalelong_fast.training.attention_backend import sound_attention
 from scalelong_fast.training.breakdown import Breakdown
@@ -47,22 +49,29 @@ class Instruments:
         self._stack = ExitStack()
 
     def __enter__(self) -> "Instruments":
-        stack = self._stack
-        stack.enter_context(fp32_products(self.execution.device, self.config.train.tf32))
+        stack, device = self._stack, self.execution.device
+        stack.enter_context(fp32_products(device, self.config.train.tf32))
         note = stack.enter_context(sound_attention(self.config.model, self.execution))
         if note:
             self.say(note)
         self.collector = stack.enter_context(QuietCollector())
-        stack.callback(self.profile.close)
+        stack.enter_context(self.profile)
+        self._forget_peak()
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
+    def __exit__(self, *exc: Any) -> None:
+        self._stack.__exit__(*exc)
 
     def start(self, step: int) -> None:
         """The first step that counts comes next, after ``step`` finished ones."""
-        if self.execution.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.execution.device)
+        # Replays of CUDA graphs allocate nothing: what they need, the warm-up has allocated while it recorded them.
+        if self.execution.mode != "graphs":
+            self._forget_peak()
+        elif skipped := counters["inductor"]["cudagraph_skips"]:
+            self.say(
+                f"CUDA graphs: PyTorch could not record {skipped} of the compiled graphs, which run without "
+                "(TORCH_LOGS=cudagraphs says why). Set --train.compile whole if it is no faster."
+            )
         self._since, self._since_step = time.perf_counter(), step
         self.breakdown.read(1)
 
@@ -87,6 +96,10 @@ class Instruments:
             row["mfu"] = mfu
         self.collector.collect()
         return row
+
+    def _forget_peak(self) -> None:
+        if self.execution.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.execution.device)
 
 
 def peak_memory(device: torch.device) -> int | None:

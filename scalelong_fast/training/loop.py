@@ -21,10 +21,11 @@ from scalelong_fast.training.config import RunConfig, to_dict
 from scalelong_fast.training.files import write_json
 from scalelong_fast.training.hardware import resolve_execution
 from scalelong_fast.training.instruments import Instruments
+from scalelong_fast.training.keeping import Keeper
 from scalelong_fast.training.metrics import LossWindow, MetricsLog, SilentLog
 from scalelong_fast.training.optim import learning_rate
 from scalelong_fast.training.outputs import Outputs
-from scalelong_fast.training.parallel import check_batch
+from scalelong_fast.training.parallel import check_batch, place
 from scalelong_fast.training.posthoc_ema import snapshot_due
 from scalelong_fast.training.posthoc_snapshots import Snapshots
 from scalelong_fast.training.progress import TrainingProgress
@@ -38,8 +39,8 @@ if TYPE_CHECKING:  # as in progress.py
     from rich.console import Console
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message says when, what is safe and what to try."""
+#: How far a run is: so many numbers to a step, for its parts and for the stages of a checkpoint after it.
+_MOMENTS = 100
 
 
 class Trainer:
@@ -85,7 +86,9 @@ class Trainer:
             self.folder.open_for_writing()
         self.ranks.barrier()
         try:
-            return self._run()
+            with stop_signals() as received:
+                self.vote = StopVote(received, self.ranks)
+                return self._run()
         except UserError:
             self.folder.remove_if_untouched()
             raise
@@ -95,8 +98,8 @@ class Trainer:
                 "some space or make the folder writable, then run the same command again to go on."
             ) from error
         finally:
-            if not self.ranks.several:  # a checkpoint is not given up; of several processes, one may be gone
-                with contextlib.suppress(UserError):
+            if self.ranks.world == 1:  # a checkpoint is not given up; of several processes, one may be gone
+                with contextlib.suppress(UserError, OSError):
                     self.checkpoints.wait()
             self.folder.close()
 
@@ -116,21 +119,28 @@ class Trainer:
             config.diffusion.schedule, beta_min=config.diffusion.beta_min, beta_max=config.diffusion.beta_max
         ).to(execution.device)
         torch.manual_seed(config.train.seed)
-        self.model = build_model(config.model).to(execution.device)
-        whole = copy.deepcopy(self.model).eval().requires_grad_(False) if self.ranks.is_main else None
+        model = build_model(config.model)
+        whole = copy.deepcopy(model).eval().requires_grad_(False) if self.ranks.is_main else None
+        self.model = place(model, config.train, execution.device, self.ranks)
         self.train_step = TrainStep(self.model, schedule, config, execution, self.ranks)
-        self.outputs = Outputs(self.folder, config, dataset, self.train_step.ema, whole, self.ranks)
-        self.window = LossWindow(execution.device)
+        self.outputs = Outputs(
+            self.folder, config, dataset, self.train_step.ema, whole, execution.device, self.ranks, self.vote
+        )
+        self.window = LossWindow(execution.device, self.ranks)
+        self.keeper = Keeper(self.folder, self.checkpoints, self.train_step, self.window, self.outputs, self.ranks)
 
-        step = self._resume(facts)
-        if self.train_step.posthoc.averages and self.ranks.is_main:
-            Snapshots(self.folder.posthoc).discard_after(step)
+        with self.ranks.busy():
+            step = self._resume(facts)
         if self.ranks.is_main:
+            if self.train_step.posthoc.averages:
+                self._make_way_for_snapshots(step)
             self.folder.write_config(config, **facts)
             self.folder.requeue.unlink(missing_ok=True)
         if step >= config.train.steps:
             if not self.ranks.broadcast(self.ranks.is_main and self._is_complete(step)):
-                self._finish(step)
+                self.keeper.save_average()  # a crash may have left the old one or none
+                if not self._finish(step):
+                    return step
             self.say(f"{self.folder.path} is finished: {step} steps of {config.train.steps}. Nothing to train.")
             return step
         for note in execution.notes:
@@ -143,9 +153,10 @@ class Trainer:
             f"{self.train_step.execution.describe()}"
             f"{self.train_step.parallel.describe()}, in {self.folder.path}"
         )
-        if execution.compile:
+        if execution.compiled:
             self.say("The first step compiles the model, which can take a minute.")
-        batches = BatchSource(dataset, config, execution.device, self.ranks)
+        with self.ranks.busy():
+            batches = BatchSource(dataset, config, execution.device, self.ranks)
         tensorboard = self.folder.tensorboard if config.train.tensorboard else None
         log = MetricsLog(self.folder.metrics_file, step, tensorboard) if self.ranks.is_main else SilentLog()
         instruments = Instruments(
@@ -178,30 +189,35 @@ class Trainer:
         return dataset
 
     def _loop(self, step: int, batches: BatchSource, log: "MetricsLog | SilentLog", instruments: Instruments) -> int:
-        train, breakdown = self.config.train, self.train_step.breakdown
-        if needs_warm_up(self.train_step):
+        train, breakdown, start = self.config.train, self.train_step.breakdown, step
+        stop = self.vote.now()
+        if not stop and needs_warm_up(self.train_step):
             with self.ranks.busy():
                 warm_up(self.train_step, batches(step))
+            stop = self.vote.now()
+        if stop:
+            self._stopped(step, stop)
+            return step
         instruments.start(step)
-        with stop_signals() as received, TrainingProgress(self.console, step, train.steps) as progress:
-            vote = StopVote(received, self.ranks)
+        with TrainingProgress(self.console, step, train.steps) as progress:
             while step < train.steps:
-                self.ranks.beat(2 * step)
+                self.ranks.beat(_MOMENTS * step)
                 with breakdown.part("data"):
                     draw = batches(step)
-                self.ranks.beat(2 * step + 1)
-                loss = self.train_step(step, draw)
+                self.ranks.beat(_MOMENTS * step + 1)
+                with self.ranks.busy() if step == start else contextlib.nullcontext():  # it may compile
+                    loss = self.train_step(step, draw)
                 instruments.profile.after_step()
                 step += 1
                 self.window.add(step, loss)
                 progress.advance()
                 last = step == train.steps
-                stop = vote()
+                stop = self.vote()
                 if step % train.log_every == 0 or last:
                     partial = step % train.log_every != 0
-                    self.window.combine(self.ranks)
+                    self.window.combine()
                     row = {"step": step, "loss": self.window.mean(), "lr": learning_rate(step - 1, train)}
-                    self._check_finite()
+                    self.keeper.check_loss()
                     row |= instruments.measure(step)
                     row["batch_size"], row["time"] = train.batch_size, time.time()
                     if partial:
@@ -211,29 +227,37 @@ class Trainer:
                     log.write(row)
                     progress.show(row)
                 if train.sample_every and step % train.sample_every == 0 and not last:
-                    log.image(step, self.outputs.draw_grid())
+                    _, grid = self.outputs.draw_grid()
+                    if grid is not None:
+                        log.image(step, grid)
                 if train.ema_profiles and snapshot_due(step, train.ema_snapshot_every, train.steps):
-                    self._check_state_finite(step)
+                    self.keeper.check_state(step)
                     self.train_step.posthoc.store(Snapshots(self.folder.posthoc), step, self.ranks)
                 if step % train.save_every == 0 or last or stop:
                     log.sync()
-                    self._save(step)
+                    self.keeper.save(step)
                     if stop and not last:
                         self._stopped(step, stop)
                         break
-            vote.close()
+            self.vote.close()
         return step
 
-    def _stopped(self, step: int, number: int) -> None:
+    def _stopped(self, step: int, number: int, missing: str = "") -> None:
         """Say that the run stops, once its last checkpoint is on disk; and leave a mark if it was not to."""
         self.checkpoints.wait()
-        if number in TAKEN_AWAY and self.ranks.is_main:
-            write_json(self.folder.requeue, {"step": step, "signal": signal.Signals(number).name})
         name = signal.Signals(number).name
-        self.say(f"{name}: saved step {step}. Run the same command to go on from there.")
+        if number in TAKEN_AWAY and self.ranks.is_main:
+            write_json(self.folder.requeue, {"step": step, "signal": name})
+        if step == 0:
+            self.say(f"{name}: stopped before the first step. Run the same command to begin.")
+        else:
+            self.say(f"{name}: saved step {step}{missing}. Run the same command to go on from there.")
 
     def _resume(self, facts: dict[str, Any]) -> int:
         self._sample_settings_changed = False
+        if self.ranks.is_main:
+            self.checkpoints.restore_names()
+        self.ranks.barrier()
         self.checkpoints.check_readable()
         if not self.ranks.broadcast(self.checkpoints.steps()):
             return 0
@@ -241,51 +265,34 @@ class Trainer:
             old, old_facts = self.folder.read_config()
             check_same_run(self.folder.path, old, old_facts, self.config, facts["data_fingerprint"])
             self._sample_settings_changed = old.sample != self.config.sample
-        latest = self.checkpoints.load_latest(lambda line: self.say(line, style="yellow"), self._state())
+        latest = self.checkpoints.load_latest(lambda line: self.say(line, style="yellow"), self.keeper.state())
         assert latest is not None  # there are some, and load_latest raises if none can be read
         step, state = latest
-        self.train_step.load_state_dict(state["train"])
-        self.window.load_state_dict(state["window"])
+        self.keeper.restore(state)
         if step < self.config.train.steps:
             self.say(f"Going on from step {step} of {self.config.train.steps} in {self.folder.path}.")
         return step
 
-    def _check_finite(self) -> None:
-        bad = self.window.first_bad_step()
-        if bad is None:
-            return
-        self.checkpoints.wait()
-        good = self.checkpoints.steps()
-        safe = f"The last good checkpoint is step {good[-1]}" if good else "There was no checkpoint yet"
-        raise NonFiniteLossError(
-            f"The loss became NaN or infinite at step {bad}. {safe} in {self.folder.path}; nothing was saved since. "
-            "Try a smaller --train.lr, a longer --train.warmup-steps, --train.grad-clip 1, --train.precision fp32 or "
-            "a smaller --model.kappa."
-        )
-
-    def _check_state_finite(self, step: int) -> None:
-        self.window.combine(self.ranks)
-        self._check_finite()
-        if not self.train_step.is_finite():
-            self.window.first_bad.fill_(step)  # the gradient overflowed although the loss had not
-            self._check_finite()
-
-    def _save(self, step: int) -> None:
-        self._check_state_finite(step)
-        self.checkpoints.save(step, self._state())
-        self.outputs.save_average()
-
-    def _state(self) -> dict[str, Any]:
-        """All that a checkpoint holds; tensors are no copies."""
-        return {"train": self.train_step.state_dict(), "window": self.window.state_dict()}
+    def _make_way_for_snapshots(self, step: int) -> None:
+        """Take away the snapshots that the run writes anew; but if it begins anew, all of them are kept elsewhere."""
+        snapshots = Snapshots(self.folder.posthoc)
+        aside = snapshots.set_aside() if step == 0 else None
+        if aside is not None:
+            self.say(f"There is no checkpoint, but snapshots of averages: they are kept in {aside}.", style="yellow")
+        snapshots.discard_after(step)
 
     def _is_complete(self, step: int) -> bool:
         """Whether a finished run holds all it must."""
         return not self._sample_settings_changed and self.outputs.is_complete(self.checkpoints.file(step))
 
-    def _finish(self, step: int) -> None:
-        self.outputs.finish(f"{self.name}, scaling {self.config.model.scaling}")
+    def _finish(self, step: int) -> bool:
+        """Write what a finished run must hold; returns whether no signal came in between."""
+        stop = self.outputs.finish(f"{self.name}, scaling {self.config.model.scaling}")
+        if stop:
+            self._stopped(step, stop, ", the last one, but did not draw the samples")
+            return False
         self.say(
             f"Done: {step} steps. Samples: {self.folder.sample_grid} · loss curve: {self.folder.loss_curve} · model: "
             f"{self.folder.ema}"
         )
+        return True

@@ -17,10 +17,18 @@ class LossWindow:
 
     Reading is the only place where the host waits. The state travels in checkpoints, so that the lines written after
     a resume equal those of an uninterrupted run.
+
+    Args:
+        device: where losses come from.
+        ranks: the processes whose losses are averaged; this one alone by default.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, ranks: Ranks | None = None):
+        self.ranks = ranks or Ranks()
+        # Sums: of this process since the last combine(), and of all processes before. A sum of float32 losses of any
+        # usual number and size is exact in float64, so that it does not matter when they are combined.
         self.total = torch.zeros((), dtype=torch.float64, device=device)
+        self.shared = torch.zeros((), dtype=torch.float64, device=device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self.count = 0
 
@@ -31,13 +39,15 @@ class LossWindow:
         newly_bad = (self.first_bad < 0) & ~torch.isfinite(loss)
         self.first_bad.masked_fill_(newly_bad, step)
 
-    def combine(self, ranks: Ranks) -> None:
+    def combine(self) -> None:
         """Take in the other ranks' losses: mean and first non-finite step become those of all, the same on every rank.
 
-        Queues work and returns. Done before reading and before saving, it may be done at any other time as well.
+        Queues work and returns. To be done before reading and before saving, it may be done at any other time as well.
         """
+        ranks = self.ranks
         if ranks.several:
-            ranks.mean(self.total)
+            self.shared += ranks.sum(self.total)
+            self.total.zero_()
             never = torch.iinfo(torch.int64).max
             earliest = ranks.least(torch.where(self.first_bad < 0, never, self.first_bad))
             self.first_bad.copy_(torch.where(earliest == never, -1, earliest))
@@ -49,18 +59,24 @@ class LossWindow:
 
     def mean(self) -> float:
         """Mean loss of the window (waits for the device)."""
-        return float(self.total) / max(self.count, 1)
+        return float(self.shared + self.total) / max(self.count * self.ranks.world, 1)
 
     def reset(self) -> None:
         self.total.zero_()
+        self.shared.zero_()
         self.count = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"total": self.total, "count": self.count}
+        return {"total": self.shared + self.total, "count": self.count, "world": self.ranks.world}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.total.copy_(state["total"])
+        self.reset()
         self.count = state["count"]
+        kept = self.shared if self.ranks.several else self.total
+        kept.copy_(state["total"])
+        world = state.get("world", 1)  # earlier versions stored the mean over the processes
+        if world != self.ranks.world:
+            kept *= self.ranks.world / world
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,9 +1,11 @@
 """AdamW with sensible parameter groups, and the learning-rate schedule."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from scalelong_fast.training.config import TrainConfig
 
@@ -31,6 +33,20 @@ def create_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     """Fused AdamW over :func:`parameter_groups`."""
     groups = parameter_groups(model, train.weight_decay, decay_all=train.compat)
     return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, fused=True)
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """``state`` by the names of the parameters, and ``param_groups``; tensors are no copies.
+
+    Moments that are not there yet are made, as zeros, and the next update is what it would have been: PyTorch makes
+    them by an update with zero gradients and rate, whose count of steps would spoil the bias correction of all others.
+    """
+    fresh = not optimizer.state
+    state = get_optimizer_state_dict(model, optimizer)
+    if fresh:
+        for moments in optimizer.state.values():
+            moments["step"].zero_()
+    return state
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:

@@ -11,7 +11,7 @@ from scalelong_fast.errors import invalid
 from scalelong_fast.training.blocks import repeated_blocks
 from scalelong_fast.training.config import TrainConfig
 from scalelong_fast.training.hardware import Execution
-from scalelong_fast.training.ranks import Ranks
+from scalelong_fast.training.ranks import Ranks, group_limit
 
 
 def strategy(train: TrainConfig, ranks: Ranks) -> str:
@@ -19,6 +19,14 @@ def strategy(train: TrainConfig, ranks: Ranks) -> str:
     if not ranks.several:
         return "none"
     return "ddp" if train.parallel == "auto" else train.parallel
+
+
+def place(model: nn.Module, train: TrainConfig, device: torch.device, ranks: Ranks) -> nn.Module:
+    """Move ``model`` to ``device``, unless it is to be cut up: then it stays on the CPU.
+
+    :class:`Parallel` moves it block by block, so that no device ever holds more than its share and one whole block.
+    """
+    return model if strategy(train, ranks) in ("fsdp", "hsdp") else model.to(device)
 
 
 def check_batch(train: TrainConfig, ranks: Ranks) -> None:
@@ -38,7 +46,8 @@ class Parallel:
 
     Args:
         loss_fn: the objective, compiled or not.
-        model: the network inside; FSDP cuts it up in place, so that this comes before optimiser and average.
+        model: the network inside, where :func:`place` put it; FSDP cuts it up in place, so that this comes before
+            optimiser and average.
         train: the loop's settings.
         execution: device and precision.
         ranks: the processes.
@@ -50,7 +59,7 @@ class Parallel:
         if self.kind == "ddp":
             self.loss_fn = _copies(loss_fn, train, execution)
         elif self.kind != "none":
-            _shares(model, self.kind, execution, ranks)
+            _shares(model, self.kind, train, execution, ranks)
 
     def describe(self) -> str:
         """For the line that says what is trained; empty in a run of one process."""
@@ -90,7 +99,7 @@ def _copies(loss_fn: nn.Module, train: TrainConfig, execution: Execution) -> nn.
     return copies
 
 
-def _shares(model: nn.Module, kind: str, execution: Execution, ranks: Ranks) -> None:
+def _shares(model: nn.Module, kind: str, train: TrainConfig, execution: Execution, ranks: Ranks) -> None:
     """Cut ``model`` up in place: every repeated block is gathered for its own forward and backward, the rest as one.
 
     What several blocks read (the shared gate of LS, the last norm) belongs to the rest, which stays whole from the
@@ -98,6 +107,7 @@ def _shares(model: nn.Module, kind: str, execution: Execution, ranks: Ranks) -> 
     well, as embeddings and gates are under autocast; it is small.
     """
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.distributed_c10d import _set_pg_timeout
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     shape, names = (ranks.world,), ("shard",)
@@ -111,6 +121,8 @@ def _shares(model: nn.Module, kind: str, execution: Execution, ranks: Ranks) -> 
             )
         shape, names = (ranks.world // ranks.local_world, ranks.local_world), ("copy", "shard")
     mesh = init_device_mesh(execution.device.type, shape, mesh_dim_names=names)
+    for name in names:
+        _set_pg_timeout(group_limit(train), mesh.get_group(name))  # new groups have PyTorch's own, whatever ours was
     narrow = torch.bfloat16 if execution.autocast == torch.bfloat16 else None
     policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
     rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)

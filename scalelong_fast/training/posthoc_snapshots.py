@@ -1,8 +1,8 @@
 """Snapshots of the averages of a run (post-hoc EMA) as files, and sums of them."""
 
 import hashlib
+import itertools
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scalelong_fast.errors import UserError
-from scalelong_fast.training.checkpoint import fsync_directory
+from scalelong_fast.training.files import write_atomically
 from scalelong_fast.training.posthoc_profiles import Profile
 from scalelong_fast.version import __version__
 
@@ -51,24 +51,16 @@ class Snapshots:
         Raises:
             OSError: full disk, or a folder that cannot be written.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        path = self.file(profile)
-        temporary = path.with_name(f".{path.name}.tmp")
         tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in average.items()}
         facts = {"step": profile.step, "sigma_rel": profile.sigma, "version": __version__, "sha256": _digest(tensors)}
+        path, content = self.file(profile), save(tensors, metadata={_FACTS: json.dumps(facts)})
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata={_FACTS: json.dumps(facts)})
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            fsync_directory(self.path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        except Exception as error:  # safetensors has an error type of its own for a full disk
-            temporary.unlink(missing_ok=True)
+            # Not by safetensors itself, which lets nobody but the owner read its files.
+            write_atomically(path, lambda file: file.write(content))
+        except OSError as error:
             raise OSError(f"could not write {path}: {error}") from error
 
     def load(self, profile: Profile) -> dict[str, Tensor]:
@@ -129,6 +121,19 @@ class Snapshots:
             if progress is not None:
                 progress(done + 1, len(used))
         return {name: tensor.float() for name, tensor in total.items()}
+
+    def set_aside(self) -> Path | None:
+        """Rename the folder, for a run that begins anew beside snapshots of an earlier one; they cannot be had again.
+
+        Returns:
+            Its new name; None if there are no snapshots.
+        """
+        if not self.profiles():
+            return None
+        numbers = itertools.count(1)
+        aside = next(path for n in numbers if not (path := self.path.with_name(f"{self.path.name}-{n}")).exists())
+        self.path.rename(aside)
+        return aside
 
     def discard_after(self, step: int) -> None:
         """Remove snapshots of steps beyond ``step``, from which the run goes on: it writes them anew."""

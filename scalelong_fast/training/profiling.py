@@ -1,5 +1,6 @@
 """A profile of some steps: a table to read, and a trace for a browser."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ ROWS = 40
 
 class StepProfile:
     """Records ``steps`` steps of a run with PyTorch's profiler, then writes ``summary.txt`` and ``trace.json``.
+
+    A context manager around them: a run that ends before the profile does leaves a shorter one.
 
     Args:
         steps: how many; 0: none.
@@ -42,13 +45,23 @@ class StepProfile:
             self.close()
             self._seen += 1
 
+    def __enter__(self) -> "StepProfile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # What ended the run is what the user must see, not that the device then answered no more.
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(RuntimeError, OSError):
+            self.close()
+
     def close(self) -> None:
-        """Write what there is; a run that ends before the profile does leaves a shorter one."""
+        """Write what there is."""
         if self._profile is None:
             return
-        self._wait()
         recorded, self._profile = self._profile, None
-        recorded.stop()
+        try:
+            self._wait()
+        finally:
+            recorded.stop()
         steps = min(self._seen - SETTLING_STEPS, self.steps)
         if steps == 0:
             return

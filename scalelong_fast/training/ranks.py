@@ -1,6 +1,7 @@
 """The processes of a run: one, or those that torchrun started."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +14,16 @@ from torch import Tensor
 
 from scalelong_fast.errors import UserError, invalid
 from scalelong_fast.training.config import TrainConfig
-from scalelong_fast.training.watch import Watch
+from scalelong_fast.training.watch import NotConnectedError, Watch
 
 #: What torchrun tells a process. All of them, or this is a run of one process.
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+#: What to look at where processes that have met cannot talk to each other.
+_NETWORK_ADVICE = (
+    "See that the machines can reach each other; where they have several networks, or take their own names for "
+    "127.0.1.1, name the right interface: GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0 (or as it is called)."
+)
 
 
 @dataclass
@@ -60,12 +67,10 @@ class Ranks:
         if self.watch is not None:
             self.watch.beat(reached)
 
-    def mean(self, tensor: Tensor) -> Tensor:
-        """Mean over the ranks, in place and in the tensor's own dtype; queues work on a GPU and returns."""
-        if self.several:
-            dist.all_reduce(tensor)
-            tensor /= self.world
-        return tensor
+    @property
+    def reached(self) -> int:
+        """How far the run is, as :meth:`beat` was told last."""
+        return 0 if self.watch is None else self.watch.reached
 
     @contextmanager
     def busy(self) -> Iterator[None]:
@@ -78,6 +83,24 @@ class Ranks:
             yield
         finally:
             self.watch.busy = False
+
+    @contextmanager
+    def waiting_for(self, thread: threading.Thread) -> Iterator[None]:
+        """Inside, where ``thread`` stands is what the others are told of this process."""
+        if self.watch is None:
+            yield
+            return
+        self.watch.follows = thread.ident
+        try:
+            yield
+        finally:
+            self.watch.follows = None
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks, in place and in the tensor's own dtype; queues work on a GPU and returns."""
+        if self.several:
+            dist.all_reduce(tensor)
+        return tensor
 
     def least(self, tensor: Tensor) -> Tensor:
         """Minimum over the ranks, in place; queues work on a GPU and returns."""
@@ -124,6 +147,13 @@ class Ranks:
             return name
         if name not in ("auto", "cuda"):
             raise invalid("train.device", name, "auto, cpu or cuda in a run of several processes")
+        if self.local_rank >= torch.cuda.device_count() == 1:
+            raise UserError(
+                f"train.device: {self.local_world} processes on this machine, but this one sees a single GPU, perhaps "
+                "one that was set apart for it. Give every process sight of all GPUs of its machine (SLURM: "
+                "--gpus-per-node instead of --gpus-per-task, and --gpu-bind=none; no CUDA_VISIBLE_DEVICES for each), "
+                "start one process, or set --train.device cpu."
+            )
         if self.local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"train.device: {self.local_world} processes on this machine, but {torch.cuda.device_count()} GPUs are "
@@ -165,9 +195,20 @@ def environment() -> dict[str, int] | None:
     return numbers
 
 
+def group_limit(train: TrainConfig) -> timedelta:
+    """How long processes wait for each other in an exchange on the devices.
+
+    The watch is what ends a run that hangs, after ``train.timeout``; the groups' own, less helpful end comes later.
+    """
+    return timedelta(seconds=2 * train.timeout + 60)
+
+
 @contextmanager
 def connect(train: TrainConfig) -> Iterator[Ranks]:
     """Join the other processes of the run, and leave them at the end.
+
+    Made for a process that does nothing else: after an error among several processes it ignores SIGTERM and leaves no
+    thread time to end (:meth:`Watch.end_with`).
 
     Args:
         train: ``device`` and ``timeout`` count.
@@ -188,25 +229,18 @@ def connect(train: TrainConfig) -> Iterator[Ranks]:
         torch.cuda.set_device(ranks.local_rank)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=train.timeout)))
-        # The watch is what ends a run that hangs; the groups' own limits, with their less helpful ends, come later.
-        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore("run", store),
-            rank=ranks.rank,
-            world_size=ranks.world,
-            timeout=timedelta(seconds=2 * train.timeout + 60),
-        )
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"RANK {ranks.rank}: the {ranks.world} processes of the run did not find each other within "
             f"{train.timeout:g} s ({error}). See that all of them were started with the same MASTER_ADDR and "
             "MASTER_PORT, and that the machines can reach each other."
         ) from error
-    ranks.control, ranks.saving = (dist.new_group(backend="gloo", timeout=timedelta(days=1)) for _ in range(2))
+    # torchrun may start the processes again and keep the store: what the last ones left there is not meant for these.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     ranks.watch = Watch(store.clone(), ranks.rank, ranks.world, train.timeout)
     ranks.watch.start()
     try:
+        _form_groups(ranks, store, "cpu:gloo,cuda:nccl" if gpu else "gloo", train)
         yield ranks
         ranks.watch.stop()
         ranks.barrier()  # the process that keeps the store must not be the first to go
@@ -214,6 +248,34 @@ def connect(train: TrainConfig) -> Iterator[Ranks]:
         if ranks.world > 1:
             ranks.watch.end_with(error)
         ranks.watch.stop()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _form_groups(ranks: Ranks, store: dist.Store, backend: str, train: TrainConfig) -> None:
+    """Connect the processes that have met.
+
+    Raises:
+        NotConnectedError: they cannot reach each other.
+    """
+    assert ranks.watch is not None
+    ranks.watch.advice = _NETWORK_ADVICE
+    try:
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("run", store),
+            rank=ranks.rank,
+            world_size=ranks.world,
+            timeout=group_limit(train),
+        )
+        ranks.beat()
+        ranks.control, ranks.saving = (dist.new_group(backend="gloo", timeout=timedelta(days=1)) for _ in range(2))
+    except (RuntimeError, ValueError) as error:
+        raise NotConnectedError(
+            f"RANK {ranks.rank}: the {ranks.world} processes of the run have met, but could not be connected "
+            f"({error}). {_NETWORK_ADVICE}"
+        ) from error
+    ranks.watch.advice = ""
+    ranks.beat()

@@ -14,8 +14,8 @@ import torch
 
 from scalelong_fast.errors import UserError, invalid
 from scalelong_fast.models import MODELS, UNet, UViT
-from scalelong_fast.training.checkpoint import write_json
 from scalelong_fast.training.config import RunConfig, from_dict, to_dict
+from scalelong_fast.training.files import fsync_directory, fsync_file, write_json
 
 SECTIONS = ("model", "data", "diffusion", "train", "sample")
 
@@ -119,9 +119,14 @@ class RunFolder:
         self.save_model(model, self.ema)
 
     @staticmethod
+    def staging(folder: Path) -> Path:
+        """Where the files of a model are written that then get their names in ``folder``."""
+        return folder.with_name(f".{folder.name}.tmp")
+
+    @staticmethod
     def save_model(model: UViT | UNet, folder: Path) -> None:
         """Write a model into ``folder`` for ``from_pretrained``; each file is replaced atomically."""
-        staging = folder.with_name(f".{folder.name}.tmp")
+        staging = RunFolder.staging(folder)
         try:
             model.save_pretrained(staging)
         except OSError:
@@ -131,7 +136,9 @@ class RunFolder:
         folder.mkdir(exist_ok=True)
         for file in staging.iterdir():
             shutil.copymode(staging / "config.json", file)  # safetensors lets nobody but the owner read
+            fsync_file(file)
             os.replace(file, folder / file.name)
+        fsync_directory(folder)
         staging.rmdir()
 
     def load_ema(self, device: torch.device | str = "cpu", folder: Path | None = None) -> UViT | UNet:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch._dynamo.exc
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
 from scalelong_fast.diffusion import NoiseSchedule
 from scalelong_fast.errors import UserError
@@ -18,7 +18,7 @@ from scalelong_fast.training.config import RunConfig
 from scalelong_fast.training.ema import EMA
 from scalelong_fast.training.hardware import Execution
 from scalelong_fast.training.objective import DenoisingObjective
-from scalelong_fast.training.optim import create_optimizer, learning_rate
+from scalelong_fast.training.optim import create_optimizer, learning_rate, optimizer_state
 from scalelong_fast.training.parallel import Parallel, strategy
 from scalelong_fast.training.posthoc_ema import PostHocEMA
 from scalelong_fast.training.ranks import Ranks
@@ -37,7 +37,7 @@ class TrainStep:
     """The step as one callable; owns optimiser, EMA and gradient scaler of the model.
 
     Args:
-        model: the network, already on ``execution.device``.
+        model: the network where :func:`~.parallel.place` put it.
         schedule: the noise process.
         config: the run.
         execution: device, precision, compiled or not.
@@ -58,12 +58,11 @@ class TrainStep:
         set_recomputation(model, config.train.recompute)
         objective = DenoisingObjective(model, schedule, execution.autocast)
         # Compilation: of the blocks in place, or of the whole objective.
-        sharded = strategy(config.train, self.ranks) in ("fsdp", "hsdp")
-        mode = choose_mode(execution.mode, model, sharded) if execution.compile else "off"
+        kind = strategy(config.train, self.ranks)
+        mode = choose_mode(execution.mode, model, sharded=kind in ("fsdp", "hsdp"), several=kind != "none")
         self.execution = dataclasses.replace(execution, mode=mode)
-        self.compiled = execution.compile
         self._eager_loss_fn = objective
-        loss_fn = compile_objective(objective, mode)
+        loss_fn = compile_objective(objective, self.execution.mode)
         # Several processes: FSDP cuts the parameters up in place, so that optimiser and average come after it.
         self.parallel = Parallel(loss_fn, model, config.train, execution, self.ranks)
         self.loss_fn = self.parallel.loss_fn
@@ -91,6 +90,8 @@ class TrainStep:
             torch.compiler.cudagraph_mark_step_begin()
         with self.breakdown.part("gradients"):
             loss = self._loss_and_gradients_even_if_not_compiled(step, draw)
+            if self.execution.mode == "graphs":
+                loss = loss.clone()  # it lies in the graphs' memory, which the next replay writes to
         with self.breakdown.part("update"):
             self._update()
             self.posthoc.update(step + 1)
@@ -101,14 +102,14 @@ class TrainStep:
             return self._loss_and_gradients(step, draw)
         except _COMPILE_ERRORS as error:
             # A compiler may be found and yet not work: no Python headers, no space for its cache.
-            if not self.compiled:
+            if not self.execution.compiled:
                 raise
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             if self.ranks.several:  # they would have to agree, in the middle of an exchange
                 raise UserError(f"train.compile: torch.compile failed ({reason}). Set --train.compile off.") from error
             warnings.warn(f"torch.compile failed, going on eagerly: {reason}", stacklevel=2)
             make_eager(self.model)
-            self.compiled, self.loss_fn = False, self._eager_loss_fn
+            self.execution, self.loss_fn = dataclasses.replace(self.execution, mode="off"), self._eager_loss_fn
             self.optimizer.zero_grad(set_to_none=True)
             return self._loss_and_gradients(step, draw)
 
@@ -152,7 +153,7 @@ class TrainStep:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer)["state"],
+            "optimizer": optimizer_state(self.model, self.optimizer)["state"],
             "scaler": self.scaler.state_dict(),
             **({"posthoc": self.posthoc.state_dict()} if self.posthoc.averages else {}),
         }
@@ -165,7 +166,7 @@ class TrainStep:
         options = [
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
         ]
-        groups = get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
+        groups = optimizer_state(self.model, self.optimizer)["param_groups"]
         moments = {"state": state["optimizer"], "param_groups": groups}
         set_optimizer_state_dict(self.model, self.optimizer, moments)
         for group, own in zip(self.optimizer.param_groups, options, strict=True):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scalelong_fast.training.batches import Draw
+from scalelong_fast.training.shares import local
 
 if TYPE_CHECKING:  # the step is built from this package's parts
     from scalelong_fast.training.step import TrainStep
@@ -18,7 +19,7 @@ def needs_warm_up(train_step: "TrainStep") -> bool:
 
     On a CPU the first step does the same once, and nothing is recorded that would have to be left out.
     """
-    return train_step.execution.device.type == "cuda" and train_step.execution.compile
+    return train_step.execution.device.type == "cuda" and train_step.execution.compiled
 
 
 def warm_up(train_step: "TrainStep", draw: Draw, steps: int = 2) -> None:
@@ -44,7 +45,7 @@ def _kept(train_step: "TrainStep") -> Iterator[None]:
     optimizer, scaler = train_step.optimizer, train_step.scaler
     cuda = train_step.execution.device.type == "cuda"
     # Copies on the host: on the device they would raise the peak of the memory by as much again.
-    tensors = [(tensor, _local(tensor).to("cpu", copy=True)) for tensor in _tensors(train_step)]
+    tensors = [(tensor, local(tensor).to("cpu", copy=True)) for tensor in _tensors(train_step)]
     moments = {
         parameter: {key: _copied(value) for key, value in state.items()} for parameter, state in optimizer.state.items()
     }
@@ -57,7 +58,7 @@ def _kept(train_step: "TrainStep") -> Iterator[None]:
     finally:
         with torch.no_grad():
             for tensor, kept in tensors:
-                _local(tensor).copy_(kept)
+                local(tensor).copy_(kept)
             # Moments that were not there before are there no longer: they begin with the first step that counts.
             for parameter in [p for p in optimizer.state if p not in moments]:
                 del optimizer.state[parameter]
@@ -65,7 +66,7 @@ def _kept(train_step: "TrainStep") -> Iterator[None]:
                 for key, kept in state.items():
                     value = optimizer.state[parameter][key]
                     if isinstance(value, Tensor):
-                        _local(value).copy_(kept)
+                        local(value).copy_(kept)
                     else:
                         optimizer.state[parameter][key] = kept
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -85,13 +86,5 @@ def _tensors(train_step: "TrainStep") -> list[Tensor]:
     return [*model.parameters(), *model.buffers(), *(t for a in averages for t in a.state_dict().values())]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a possibly sharded tensor that this process holds."""
-    from torch.distributed.tensor import DTensor
-
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _copied(value: Any) -> Any:
-    return _local(value).to("cpu", copy=True) if isinstance(value, Tensor) else value
+    return local(value).to("cpu", copy=True) if isinstance(value, Tensor) else value

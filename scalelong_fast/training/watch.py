@@ -7,6 +7,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,6 +30,10 @@ _GRACE = 5.0
 
 class RankError(RuntimeError):
     """Another process of the run died or hangs; the message says which and where."""
+
+
+class NotConnectedError(UserError):
+    """Processes that have met cannot talk to each other; perhaps since one has died meanwhile."""
 
 
 @dataclass
@@ -63,10 +69,13 @@ class Watch:
         self.store, self.rank, self.world, self.timeout = store, rank, world, timeout
         self.interval = min(1.0, timeout / 10)
         self.beats, self.reached, self.busy = 0, 0, False
+        #: What to look at, to be said with the message; and the thread that the main one waits for.
+        self.advice, self.follows = "", None
+        self._gone: list[int] = []  # who will not be heard of again
         self._main = threading.main_thread().ident
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self._lock = threading.Lock()
+        self._lock, self._speaking = threading.Lock(), threading.Lock()
 
     def start(self) -> None:
         self._say(Sign())
@@ -92,7 +101,8 @@ class Watch:
         if threading.current_thread() is threading.main_thread():
             # torchrun sends it as soon as one process has died; the run is ending, and there is something to be said.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        self._stopped.set()
+        with self._speaking:  # for ever, if the thread is ending the process
+            self._stopped.set()
         self._thread.join(timeout=_GRACE)
         try:
             told = self._told() if _may_come_from_others(error) else None
@@ -100,7 +110,7 @@ class Watch:
                 time.sleep(3 * self.interval)  # the one that failed may not have said so yet
                 told = self._told()
             if told is None and _may_come_from_others(error):
-                dead = self._dead()
+                dead = self._gone = self._dead()
                 if dead:
                     error, cause = RankError(f"{_ranks(dead)} died (no sign of life any more). {_ADVICE}"), error
                     error.__cause__ = cause
@@ -149,9 +159,11 @@ class Watch:
                 self._end({"rank": 1}, 1, message)
 
     def _describe(self, before: dict[int, Sign], signs: dict[int, Sign]) -> str:
+        advice = f"{self.advice} {_ADVICE}" if self.advice else _ADVICE
         dead = [r for r, sign in signs.items() if r in before and sign.tick == before[r].tick and r != self.rank]
         if dead:
-            return f"{_ranks(dead)} died or cannot be reached. {_ADVICE}"
+            self._gone = dead
+            return f"{_ranks(dead)} died or cannot be reached. {advice}"
         # The one that hangs is behind the others, or stands where no other does.
         places: dict[tuple[int, str], list[int]] = {}
         for rank, sign in signs.items():
@@ -162,35 +174,38 @@ class Watch:
         others = "; ".join(f"{_ranks(found)} at {at}" for (_, at), found in places.items() if found != ranks)
         return (
             f"no progress for {self.timeout:g} s (train.timeout). Probably waited for: {_ranks(ranks)} at {place[1]}"
-            f"{f' ({others})' if others else ''}. {_ADVICE}"
+            f"{f' ({others})' if others else ''}. {advice}"
         )
 
     def _end(self, told: dict[str, Any], code: int, message: str = "") -> None:
-        """Give the main thread time to get away, then end the process."""
-        if message and told["rank"] == self.rank:
-            print(f"scalelong-fast: error: {message}", file=sys.stderr, flush=True)
-        else:
+        """End the process: with its message, or once the main thread has had the time to get away by itself."""
+        if not message or told["rank"] != self.rank:
             self._stopped.wait(_GRACE)
-        if not self._stopped.is_set():
+        with self._speaking:
+            if self._stopped.is_set():
+                return  # the main thread has found out as well, and says what there is to be said
+            if message and told["rank"] == self.rank:
+                print(f"scalelong-fast: error: {message}", file=sys.stderr, flush=True)
             self._see_off()
             _exit_now(code)
 
     def _see_off(self) -> None:
-        """Say that this process knows that the run has ended; rank 0, which may keep the store, waits for all."""
+        """Say that this process knows that the run has ended; rank 0, which may keep the store, waits for them."""
+        there = self.world - len(self._gone)
         try:
-            with self._lock:
+            with self._locked():
                 known = self.store.add(_KNOWN, 1)
             end = time.monotonic() + _GRACE
-            while self.rank == 0 and known < self.world and time.monotonic() < end:
+            while self.rank == 0 and known < there and time.monotonic() < end:
                 time.sleep(0.05)
-                with self._lock:
+                with self._locked():
                     known = self.store.add(_KNOWN, 0)
         except (RuntimeError, ValueError):
             pass  # nobody is there to be told
 
     def _where(self) -> str:
-        """Where the main thread stands: the innermost line of this package."""
-        frame: FrameType | None = sys._current_frames().get(self._main or 0)
+        """Where the main thread, or the one it waits for, stands: the innermost line of this package."""
+        frame: FrameType | None = sys._current_frames().get(self.follows or self._main or 0)
         while frame is not None:
             path = Path(frame.f_code.co_filename)
             if path.is_relative_to(_PACKAGE):
@@ -198,14 +213,34 @@ class Watch:
             frame = frame.f_back
         return "code outside scalelong_fast"
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The store for one thread at a time.
+
+        Raises:
+            RuntimeError: the other thread got no answer from it for long; a machine that is lost does not say so.
+        """
+        if not self._lock.acquire(timeout=_GRACE):
+            raise RuntimeError("the meeting point of the processes does not answer")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def _say(self, sign: Sign) -> None:
-        with self._lock:
+        with self._locked():
             self.store.set(f"watch/{self.rank}", json.dumps(astuple(sign)))
 
     def _signs(self) -> dict[int, Sign]:
-        with self._lock:
-            values = self.store.multi_get([f"watch/{rank}" for rank in range(self.world)])
-        return {rank: Sign(*json.loads(value)) for rank, value in enumerate(values)}
+        keys = [f"watch/{rank}" for rank in range(self.world)]
+        with self._locked():
+            # Some may not have begun; to ask for what is not there would be to wait for it.
+            begun = list(range(self.world))
+            if not self.store.check(keys):
+                begun = [rank for rank in begun if self.store.check([keys[rank]])]
+            values = self.store.multi_get([keys[rank] for rank in begun])
+        signs = {rank: Sign(where="its start") for rank in range(self.world)}
+        return signs | {rank: Sign(*json.loads(value)) for rank, value in zip(begun, values, strict=True)}
 
     def _dead(self) -> list[int]:
         """The processes of which no sign comes any more."""
@@ -216,13 +251,13 @@ class Watch:
 
     def _told(self) -> dict[str, Any] | None:
         """What the process that ended the run said."""
-        with self._lock:
+        with self._locked():
             return json.loads(self.store.get(_END)) if self.store.check([_END]) else None
 
     def _tell(self, code: int, message: str) -> dict[str, Any]:
         """Say why the run ends, unless another one has; returns what counts."""
         mine = json.dumps({"rank": self.rank, "code": code, "message": message})
-        with self._lock:
+        with self._locked():
             return json.loads(self.store.compare_set(_END, "", mine))
 
 
@@ -236,7 +271,7 @@ def _ranks(ranks: list[int]) -> str:
 
 def _may_come_from_others(error: BaseException) -> bool:
     """Whether a lost connection looks like this: torch.distributed raises plain RuntimeErrors of many texts."""
-    return type(error) is RuntimeError or isinstance(error, dist.DistError)
+    return type(error) is RuntimeError or isinstance(error, (dist.DistError, NotConnectedError))
 
 
 def _code_of(error: BaseException) -> int:

@@ -1,5 +1,7 @@
 """``scalelong-fast prepare``, and a run on what it wrote."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,7 @@ def test_help_lists_the_data_sets(cli):
         (["folder", "OUT", "--size", "8"], "--source: got None"),
         (["folder", "OUT", "--size", "8", "--source", "/nowhere"], "There is no such file"),
         (["folder", "OUT", "--size", "8", "--device", "cdua"], "--device"),
+        (["folder", "OUT", "--size", "8", "--crop", "amd"], "Did you mean 'adm'"),
     ],
 )
 def test_wrong_arguments_are_explained(cli, tmp_path, arguments, message):
@@ -61,6 +64,39 @@ def test_a_finished_set_is_verified_without_its_source(cli, packed):
     result = cli("prepare", "folder", packed, "--verify")
     assert result.code == 0, result.err
     assert "every file is as it was written" in result.out
+
+
+def test_the_name_of_another_set_is_refused(cli, packed):
+    result = cli("prepare", "imagenet64", packed, "--verify")
+    assert result.code == 2
+    assert "NAME: got 'imagenet64', expected folder" in result.err
+
+
+def test_images_that_cannot_be_read(cli, images, tmp_path):
+    root = shutil.copytree(images, tmp_path / "images")
+    (root / "class_1" / "15.png").write_bytes(b"not an image")
+    arguments = ("prepare", "folder", tmp_path / "set", "--source", root, "--size", 8)
+    result = cli(*arguments)
+    assert result.code == 2
+    assert "'class_1/15.png' cannot be read as an image" in result.err
+    result = cli(*arguments, "--skip-unreadable")
+    assert result.code == 0, result.err
+    printed = result.out.replace("\n", " ")
+    assert "Left out, since they cannot be read: 1 images (class_1/15.png)" in printed
+    assert "15 images of 3×8×8, 2 classes" in printed
+
+
+def test_an_image_that_does_not_fit_into_memory(cli, images, tmp_path):
+    result = cli("prepare", "folder", tmp_path / "set", "--source", images, "--size", 99_999_999)
+    assert result.code == 2
+    assert "does not fit into memory. Give a smaller --shard-mib or --size" in result.err
+
+
+def test_a_set_that_is_not_complete(cli, images, tmp_path):
+    result = cli("prepare", "imagenet64", tmp_path / "set", "--source", images)
+    assert result.code == 2
+    assert "has 16 images, imagenet64 1,281,167 (train)" in result.err
+    assert not (tmp_path / "set").exists()
 
 
 def test_damage_is_named_and_mended(cli, images, tmp_path):

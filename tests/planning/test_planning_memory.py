@@ -201,7 +201,7 @@ class TestSharing:
         dynamic = sum(items.get(k, 0) for k in ("gradients", "weights in autocast's dtype", "activations and work"))
         assert dynamic == traced.peak
         inputs = sum(t.nbytes for t in example_batch(UVIT, 4) if t is not None)
-        fixed = sum(state_bytes(sizes).values()) + 4 * sizes.parameters + 2 * inputs
+        fixed = sum(state_bytes(sizes).values()) + 2 * inputs  # the copy that samples are drawn with is on the CPU
         assert sum(items.values()) == fixed + traced.peak
 
     @pytest.mark.parametrize(("parallel", "accumulate"), [("ddp", 1), ("ddp", 2), ("none", 2)])

@@ -4,14 +4,17 @@ import dataclasses
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from rich.console import Console
 
+import scalelong_fast.training.outputs as outputs
 from scalelong_fast.data import ImageDataset
 from scalelong_fast.diffusion import create_schedule
 from scalelong_fast.models import build_model
@@ -79,11 +82,16 @@ def unet(tiny):
 
 @pytest.fixture(scope="session")
 def train():
-    """``train(config, out)``: run a Trainer and return (step reached, what it said)."""
+    """``train(config, out)``: run a Trainer and return (step reached, what it said).
 
-    def run(config, out, name="digits-uvit"):
+    The picture of the loss curve takes longer than such a run and is an empty file, unless ``curve`` is set.
+    """
+
+    def run(config, out, name="digits-uvit", curve=False):
         said = io.StringIO()
-        reached = Trainer(config, out, name, Console(file=said, width=80)).run()
+        draw = outputs.save_loss_curve if curve else lambda path, rows, title: path.write_bytes(b"")
+        with mock.patch.object(outputs, "save_loss_curve", draw):
+            reached = Trainer(config, out, name, Console(file=said, width=80)).run()
         return reached, said.getvalue()
 
     return run
@@ -183,6 +191,17 @@ def python():
     return run
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """torchrun's environment for a run of one process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    values = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**values, "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+
+
 #: The digits' toy run as arguments of the command line.
 RANKS_RUN = (
     "digits-uvit --model.embed-dim 16 --model.depth 2 --model.num-heads 2 --train.steps 10 --train.batch-size 8 "
@@ -203,7 +222,32 @@ class Ended:
 
 
 @pytest.fixture(scope="session")
-def on_ranks(tmp_path_factory):
+def ranks_driver(tmp_path_factory):
+    """The process of ``ranks_driver.py``, which has all imports behind it."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    said = tmp_path_factory.mktemp("driver") / "stderr"
+    with open(said, "w") as errors:
+        driver = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("ranks_driver.py"))],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+
+    def ask(plan):
+        print(json.dumps(plan), file=driver.stdin, flush=True)
+        answer = driver.stdout.readline()
+        assert answer, said.read_text()
+        return json.loads(answer)
+
+    yield ask
+    driver.communicate()
+
+
+@pytest.fixture(scope="session")
+def on_ranks(ranks_driver, tmp_path_factory):
     """``on_ranks([{"world": 2, "arguments": "--train.parallel fsdp", "out": folder}, …])``: a list of :class:`Ended`.
 
     ``world`` 0 is a run without torchrun's environment; ``sabotage`` is code that every rank runs before.
@@ -216,13 +260,7 @@ def on_ranks(tmp_path_factory):
             base = entry.get("run", RANKS_RUN)
             arguments = [*base.split(), *entry.get("arguments", "").split(), "--out", str(entry["out"])]
             plan.append({**entry, "arguments": arguments, "out": str(entry["out"]), "logs": str(logs[-1])})
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        driver = Path(__file__).with_name("ranks_driver.py")
-        done = subprocess.run(
-            [sys.executable, str(driver), json.dumps(plan)], env=env, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stderr
-        endings = json.loads(done.stdout.split("endings ")[1])
+        endings = ranks_driver(plan)
         texts = [["".join(p.read_text() for p in sorted(log.glob(f"{n}.*"))) for n in ("out", "err")] for log in logs]
         return [
             Ended(Path(entry["out"]), codes, said, errors)

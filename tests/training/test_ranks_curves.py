@@ -13,10 +13,21 @@ RUNS = {
 }
 #: Stopped and gone on with on another number of processes, shared in another way.
 MOVES = {
-    "four to two to one": [(4, "fsdp", 4), (2, "ddp --train.accumulate 2", 7), (0, "auto", 10)],
-    "one to two": [(0, "auto", 5), (2, "fsdp", 10)],
+    "one to four to two to one": [(0, "auto", 2), (4, "fsdp", 5), (2, "ddp --train.accumulate 2", 7), (0, "auto", 10)],
 }
 CLIP = "--train.grad-clip 0.5 --data.flip"
+#: Says how long the groups of shares and copies wait for each other.
+LIMITS = """
+if rank == 3:
+    parallel, torch = module("scalelong_fast.training.parallel"), module("torch")
+    cut = parallel._shares
+    def told(model, *args):
+        cut(model, *args)
+        mesh = next(model.parameters()).device_mesh
+        for name in mesh.mesh_dim_names:
+            print(name, "within", mesh.get_group(name)._get_backend(torch.device("cpu")).options._timeout)
+    parallel._shares = told
+"""
 
 # The sums of a batch are taken in another order. A rounding error of float32 is 6e-8 of a number; that of a gradient,
 # a mean over 8 images, about the same; AdamW's first updates depend on the sign of a gradient alone, so that entries
@@ -25,12 +36,13 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def folders(on_ranks, tmp_path_factory):
-    """The run folder of every entry of RUNS and MOVES, and that of one process as ``"one"``."""
+def runs(on_ranks, tmp_path_factory):
+    """Every entry of RUNS and the last of every one of MOVES, and that of one process as ``"one"``."""
     runs = [{"world": 0, "arguments": CLIP, "out": tmp_path_factory.mktemp("one")}]
     for world, local, arguments in RUNS.values():
         out = tmp_path_factory.mktemp("several")
-        runs.append({"world": world, "local_world": local, "arguments": f"{CLIP} {arguments}", "out": out})
+        run = {"world": world, "local_world": local, "arguments": f"{CLIP} {arguments}", "out": out}
+        runs.append({**run, "sabotage": LIMITS if world == 4 else ""})
     for pieces in MOVES.values():
         out = tmp_path_factory.mktemp("moved")
         for world, parallel, steps in pieces:
@@ -39,7 +51,13 @@ def folders(on_ranks, tmp_path_factory):
     for run, ended in zip(runs, ended_runs := on_ranks(runs), strict=True):
         assert set(ended.codes) == {0}, (run, ended.errors)
     names = ["one", *RUNS, *(name for name, pieces in MOVES.items() for _ in pieces)]
-    return {name: ended.out for name, ended in zip(names, ended_runs, strict=True)}
+    return dict(zip(names, ended_runs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def folders(runs):
+    """Their run folders."""
+    return {name: ended.out for name, ended in runs.items()}
 
 
 @pytest.mark.parametrize("name", [*RUNS, *MOVES])
@@ -57,6 +75,12 @@ def test_the_averaged_model_is_that_of_one_process(folders, name):
     for key, expected in one.items():
         # Updates are of the size of the learning rate, 3e-3: a tenth of one where a gradient is but a rounding error.
         torch.testing.assert_close(other[key], expected, rtol=0, atol=3e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_the_groups_of_hsdp_wait_as_long_as_the_others(runs):
+    said = runs["hsdp in two parts"].said
+    for name in ("copy", "shard"):
+        assert f"{name} within 0:01:40\n" in said  # twice train.timeout and a minute
 
 
 @pytest.mark.parametrize("name", [*RUNS, *MOVES])

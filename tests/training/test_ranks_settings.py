@@ -100,6 +100,15 @@ def test_several_processes_take_the_gpus_in_order(monkeypatch):
         several.device_name("auto")
 
 
+def test_a_gpu_set_apart_for_each_process_is_refused_with_its_usual_reason(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    first, second = (Ranks(rank=n, world=4, local_rank=n, local_world=4, control=object()) for n in (0, 1))
+    assert first.device_name("auto") == "cuda:0"
+    with pytest.raises(UserError, match=r"sees a single GPU, .*--gpus-per-node instead of --gpus-per-task"):
+        second.device_name("auto")
+
+
 @pytest.mark.parametrize("name", ["slurm.sh", "slurm-torchrun.sh"])
 def test_the_scripts_for_slurm_are_sound(name):
     done = subprocess.run(["bash", "-n", str(DOCS / name)], capture_output=True, text=True)

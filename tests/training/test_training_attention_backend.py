@@ -93,7 +93,7 @@ class TestShapes:
 
 
 def test_a_cpu_keeps_its_attention():
-    with sound_attention(UViTConfig(), Execution(CPU, None, False)) as note:
+    with sound_attention(UViTConfig(), Execution(CPU, None)) as note:
         assert note is None
 
 
@@ -128,6 +128,6 @@ def test_on_a_gpu_a_kernel_is_picked():
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
     config = UViTConfig(img_size=32, patch_size=2, embed_dim=512, num_heads=8)
-    with sound_attention(config, Execution(torch.device("cuda", 0), torch.bfloat16, False)) as note:
+    with sound_attention(config, Execution(torch.device("cuda", 0), torch.bfloat16)) as note:
         assert note.startswith("Attention: ")
         assert "explicit" not in note

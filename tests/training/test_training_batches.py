@@ -146,3 +146,10 @@ def test_a_draw_without_labels_can_be_split(source):
     pieces = source(overrides)(0).split(2)
     assert [piece.labels for piece in pieces] == [None, None]
     assert [len(piece.u) for piece in pieces] == [16, 16]
+
+
+def test_of_the_noise_of_all_only_the_part_is_kept(tiny, toy_images):
+    config = tiny({"train.batch_size": 8})
+    alone, part = (BatchSource(toy_images, config, CPU, Ranks(rank=world - 1, world=world))(0) for world in (1, 4))
+    assert torch.equal(part.noise, alone.noise[6:])
+    assert part.noise.untyped_storage().nbytes() == part.noise.nbytes

@@ -5,9 +5,12 @@ import typing
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from scalelong_fast.training import breakdown as module
 from scalelong_fast.training.breakdown import PARTS, Breakdown
+from scalelong_fast.training.hardware import Execution
+from scalelong_fast.training.instruments import Instruments
 from scalelong_fast.training.metrics import read_metrics
 
 CPU = torch.device("cpu")
@@ -142,3 +145,29 @@ def test_the_curves_are_in_tensorboard(tiny, train, tmp_path):
     events.Reload()
     expected = {"loss", "lr", "images_per_second", "memory", *(f"seconds_{part}" for part in (*PARTS, "other", "step"))}
     assert set(events.Tags()["scalars"]) == expected
+
+
+@pytest.mark.parametrize(("mode", "forgotten"), [("whole", 2), ("graphs", 1)])
+def test_what_cuda_graphs_allocated_while_warming_up_counts(monkeypatch, tiny, tmp_path, mode, forgotten):
+    resets = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Z9000")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
+    gpu = torch.device("cuda", 0)
+    config, execution = tiny({"model.attention": "math"}), Execution(gpu, torch.bfloat16, mode)
+    with Instruments(config, execution, Breakdown(gpu), tmp_path, 1, print) as instruments:
+        instruments.start(0)  # after the warm-up
+    assert resets == [gpu] * forgotten
+
+
+@pytest.mark.parametrize(("mode", "skips", "lines"), [("graphs", 2, 1), ("graphs", 0, 0), ("whole", 2, 0)])
+def test_graphs_that_were_not_recorded_are_told(monkeypatch, tiny, tmp_path, mode, skips, lines):
+    said = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Z9000")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setitem(counters["inductor"], "cudagraph_skips", skips)
+    gpu = torch.device("cuda", 0)
+    config, execution = tiny({"model.attention": "math"}), Execution(gpu, torch.bfloat16, mode)
+    with Instruments(config, execution, Breakdown(gpu), tmp_path, 1, said.append) as instruments:
+        instruments.start(0)
+    assert len(said) == lines
+    assert all("could not record 2 of the compiled graphs" in line for line in said)

@@ -1,6 +1,7 @@
 """Checkpoints: complete or absent, verified when read, the last few kept."""
 
 import errno
+import importlib.util
 import json
 import os
 import pickle
@@ -150,6 +151,25 @@ def full_disk(*args):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+class TestAfterwards:
+    """What rank 0 writes once a checkpoint is complete."""
+
+    @pytest.mark.parametrize("background", [False, True])
+    def test_comes_after_the_name_and_in_the_same_thread(self, tmp_path, background):
+        folder, seen = CheckpointFolder(tmp_path, background=background), []
+        folder.save(1, state(), then=lambda pulse: seen.append((folder.steps(), threading.current_thread().name)))
+        folder.wait()
+        assert seen == [([1], "checkpoint")]
+
+    def test_an_error_is_not_one_of_the_checkpoint(self, tmp_path):
+        folder = CheckpointFolder(tmp_path, background=True)
+        folder.save(1, state(), then=full_disk)
+        with pytest.raises(OSError, match="No space left on device"):
+            folder.wait()
+        assert folder.steps() == [1]
+        folder.wait()  # it is not raised twice
+
+
 class TestAtomic:
     @pytest.mark.parametrize("name", [".step_000000002.tmp", ".step_000000002.gone"])
     def test_what_a_crash_left_behind_is_ignored_and_cleaned_up(self, folder, name):
@@ -166,6 +186,44 @@ class TestAtomic:
         folder.save(3, state(3))
         assert folder.steps() == [2, 3]
         assert_same(folder.load(2), state(2))
+
+    def test_a_checkpoint_hidden_by_a_crash_is_found_again(self, folder, assert_same):
+        folder.save(2, state(2))
+        os.rename(folder.file(2), folder.path / ".step_000000002.old")
+        assert folder.steps() == []
+        folder.restore_names()
+        assert_same(folder.load_latest(pytest.fail), (2, state(2)))
+
+    def test_what_cannot_be_removed_does_not_fail_a_save(self, folder, monkeypatch):
+        """On NFS a folder stays as long as somebody has a file of it open."""
+        rmtree = shutil.rmtree
+
+        def busy(path, ignore_errors=False):
+            if not ignore_errors:
+                raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+            if str(path).endswith(".tmp"):
+                rmtree(path, ignore_errors=True)
+
+        monkeypatch.setattr(shutil, "rmtree", busy)
+        for step in (1, 2, 3, 4):
+            folder.save(step, state(step))
+        assert folder.steps() == [3, 4]
+        monkeypatch.undo()
+        folder.save(5, state(5))
+        assert sorted(path.name for path in folder.path.iterdir()) == ["step_000000004", "step_000000005"]
+
+    def test_what_keeps_its_name_does_not_fail_a_save(self, folder, monkeypatch):
+        rename = os.rename
+
+        def stale(a, b):
+            if str(b).endswith(".gone"):
+                raise OSError(errno.ESTALE, "Stale file handle")
+            rename(a, b)
+
+        monkeypatch.setattr(os, "rename", stale)
+        for step in (1, 2, 3):
+            folder.save(step, state(step))
+        assert folder.steps() == [1, 2, 3]
 
     def test_the_name_appears_when_all_is_complete_and_on_disk(self, folder, monkeypatch):
         synced, rename = [], os.rename
@@ -298,6 +356,26 @@ class TestDamage:
         with pytest.raises(UserError, match=r"^out: all 2 checkpoints in .* are damaged\. Restore .* or move"):
             saved.load_latest(reports.append)
         assert len(reports) == 2
+
+    def test_an_index_that_one_process_cannot_read_is_damage_to_all(self, saved, monkeypatch):
+        def stale(folder):
+            raise ValueError("its index is unreadable (OSError: stale file handle)")
+
+        told, gather = [], saved.ranks.gather
+        monkeypatch.setattr(saved.ranks, "gather", lambda value: (told.append(value), gather(value))[1], raising=False)
+        monkeypatch.setattr(checkpoint, "read_index", stale)
+        with pytest.raises(ValueError, match="stale file handle"):
+            saved.load(2)
+        assert told == ["its index is unreadable (OSError: stale file handle)"]
+
+
+def test_a_version_of_pytorch_that_lacks_a_class_of_its_index(monkeypatch):
+    """The classes are private; training must be importable without one."""
+    monkeypatch.delattr(checkpoint_files.metadata, "StorageMeta")
+    spec = importlib.util.spec_from_file_location("another_copy", checkpoint_files.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    assert len(copy._HARMLESS) == len(checkpoint_files._HARMLESS) - 1
 
 
 class Malicious:

@@ -8,12 +8,18 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from scalelong_fast.errors import UserError
-from scalelong_fast.models import UNet, UNetConfig, UViT, UViTConfig
+from scalelong_fast.models import UNet, UNetConfig, UViT, UViTConfig, create_model, list_models
 from scalelong_fast.ops import force_plan
 from scalelong_fast.training import TrainConfig
 from scalelong_fast.training.batches import BatchSource
 from scalelong_fast.training.blocks import repeated_blocks
-from scalelong_fast.training.compiling import BLOCKWISE_PARAMETERS, choose_mode, compile_objective, make_eager
+from scalelong_fast.training.compiling import (
+    BLOCKWISE_PARAMETERS,
+    KINDS_OF_BLOCK,
+    choose_mode,
+    compile_objective,
+    make_eager,
+)
 from scalelong_fast.training.hardware import Execution, resolve_execution
 
 CPU = torch.device("cpu")
@@ -85,17 +91,26 @@ class TestOneByOne:
         model = UViT(UViTConfig(**SMALL, depth=20, fused=fused, scaling=scaling))
         x, t = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 700.0])
         expected = model(x, t)
-        torch.testing.assert_close(blockwise(model)(x, t), expected.square().sum())
+        with torch._dynamo.config.patch(recompile_limit=1):  # PyTorch's own may be too few: it is raised
+            torch.testing.assert_close(blockwise(model)(x, t), expected.square().sum())
         assert len(graphs) == counters["stats"]["unique_graphs"] == kinds
         assert not counters["graph_break"]
 
-    def test_the_number_of_kinds_may_exceed_pytorchs_limit(self, graphs):
-        sizes = {"model_channels": 4, "num_groups": 2, "num_heads": 1, "channel_mult": (1, 2, 4), "num_res_blocks": 1}
+    def test_more_kinds_fit_than_the_networks_have(self):
+        with torch.device("meta"):
+            stages = [repeated_blocks(create_model(name)) for name in list_models()]
+        assert max(map(len, stages)) < KINDS_OF_BLOCK
+
+    def test_a_stage_that_is_one_layer_is_left_alone(self, graphs):
+        sizes = {"model_channels": 4, "num_groups": 2, "num_heads": 1, "channel_mult": (1, 2), "num_res_blocks": 1}
         model = UNet(UNetConfig(img_size=8, in_chans=1, attention_resolutions=(), scaling="cs", fused=False, **sizes))
         x, t = torch.randn(2, *model.input_shape), torch.tensor([3.0, 700.0])
         expected = model(x, t).square().sum()
         torch.testing.assert_close(blockwise(model)(x, t), expected)
-        assert len(graphs) > 8
+        convolutions = [block for block in repeated_blocks(model) if len(list(block.parameters())) == 2]
+        assert len(convolutions) == 2  # of the image, and to the second level
+        assert all(block._compiled_call_impl is None for block in convolutions)
+        assert all(len(graph) > 10 for graph in graphs)
 
     def test_the_fused_ops_are_in_the_graphs(self, graphs):
         model = UViT(UViTConfig(**SMALL, depth=4, fused=True, scaling="ls"))
@@ -141,7 +156,7 @@ class TestOneByOne:
 
 def test_the_whole_is_one_graph_forward_and_loss(graphs, tiny, make_step, toy_images):
     config = tiny()
-    train_step = make_step(config, Execution(CPU, None, True, mode="whole"))
+    train_step = make_step(config, Execution(CPU, None, "whole"))
     train_step(0, BatchSource(toy_images, config, CPU)(0))
     assert len(graphs) == 1
     assert not counters["graph_break"]
@@ -151,7 +166,7 @@ def test_the_whole_is_one_graph_forward_and_loss(graphs, tiny, make_step, toy_im
 def test_a_step_of_compiled_blocks_gives_the_eager_losses(graphs, preset, tiny, make_step, toy_images):
     config = tiny(preset=preset)
     batches = BatchSource(toy_images, config, CPU)
-    eager, compiled = make_step(config), make_step(config, Execution(CPU, None, True, mode="block"))
+    eager, compiled = make_step(config), make_step(config, Execution(CPU, None, "block"))
     for step in range(3):
         torch.testing.assert_close(compiled(step, batches(step)), eager(step, batches(step)), rtol=1e-5, atol=1e-6)
     assert graphs
@@ -167,7 +182,7 @@ def test_goes_on_eagerly_where_a_block_does_not_compile(monkeypatch, tiny, make_
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
     config = tiny()
     batches = BatchSource(toy_images, config, CPU)
-    eager, compiled = make_step(config), make_step(config, Execution(CPU, None, True, mode="block"))
+    eager, compiled = make_step(config), make_step(config, Execution(CPU, None, "block"))
     with pytest.warns(UserWarning, match="torch.compile failed, going on eagerly"):
         assert compiled(0, batches(0)) == eager(0, batches(0))
     assert compiled(1, batches(1)) == eager(1, batches(1))
@@ -195,6 +210,8 @@ class TestChoice:
 
     def test_sharded_models_are_compiled_block_by_block(self, model):
         assert choose_mode("auto", model, sharded=True) == "block"
+        assert choose_mode("auto", model, several=True) == "block"
+        assert choose_mode("whole", model, several=True) == "whole"
         for mode in ("whole", "graphs", "on"):
             with pytest.raises(UserError, match=r"train.compile: got .* sharded\. Set --train.compile block"):
                 choose_mode(mode, model, sharded=True)
@@ -211,31 +228,3 @@ class TestChoice:
     def test_cuda_graphs_take_the_batch_in_one_part(self):
         with pytest.raises(UserError, match=r"train\.compile: got 'graphs', expected .* train.accumulate"):
             TrainConfig(compile="graphs", accumulate=2)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["off", "block", "whole", "graphs"])
-def test_no_mode_waits_for_the_gpu_inside_a_step(mode, tiny, make_step, toy_images):
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
-    from scalelong_fast.training.warmup import warm_up
-
-    device = torch.device("cuda")
-    config = tiny({"train.device": "cuda", "train.grad_clip": 1.0})
-    execution = Execution(device, torch.bfloat16, mode != "off", mode=mode)
-    torch.manual_seed(0)
-    model = UViT(config.model).to(device)
-    from scalelong_fast.diffusion import create_schedule
-    from scalelong_fast.training.step import TrainStep
-
-    train_step = TrainStep(model, create_schedule("vpsde").to(device), config, execution)
-    batches = BatchSource(toy_images, config, device)
-    warm_up(train_step, batches(0), steps=3)
-    draws = [batches(step) for step in range(3)]
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        losses = [train_step(step, draw).clone() for step, draw in enumerate(draws)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert all(torch.isfinite(loss) for loss in losses)

@@ -93,6 +93,11 @@ def test_a_linear_layer_alone():
         ("NVIDIA L4", 121),
         ("NVIDIA A10G", 70),
         ("NVIDIA A40", 150),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA GH200 144G HBM3e", 990),
+        ("NVIDIA H800", 989),
+        ("NVIDIA H800 PCIe", 756),
+        ("NVIDIA RTX A6000", 155),
     ],
 )
 def test_peak_rates_by_the_name_that_cuda_gives(name, tera):
@@ -104,11 +109,25 @@ def test_peak_rates_of_other_dtypes():
     assert peak_flops("NVIDIA A100-SXM4-80GB", None, tf32=False) == 19.5e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", torch.float16) == 312e12
     assert peak_flops("Tesla V100-SXM2-16GB", torch.float16) == 125e12
+    assert peak_flops("Tesla V100-PCIE-32GB", torch.float16) == 112e12
     assert peak_flops("Tesla V100-SXM2-16GB", torch.bfloat16) is None
     assert all(peak.fp32 <= peak.tf32 <= peak.half for peak in PEAKS.values())
 
 
-@pytest.mark.parametrize("device", ["NVIDIA Z9000", "NVIDIA L400", torch.device("cpu")], ids=str)
+@pytest.mark.parametrize(
+    "device",
+    [
+        "NVIDIA Z9000",
+        "NVIDIA L400",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA A40-48Q",
+        torch.device("cpu"),
+    ],
+    ids=str,
+)
 def test_nothing_is_guessed_of_unknown_devices(device):
     assert peak_flops(device, torch.bfloat16) is None
     assert model_flops_utilisation(10, 5.0, peak_flops(device, torch.bfloat16)) is None

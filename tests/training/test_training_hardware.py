@@ -75,14 +75,14 @@ class TestCompile:
     )
     def test_auto_compiles_runs_that_repay_it(self, setting, steps, compiled):
         execution = resolve(compile=setting, steps=steps)
-        assert execution.compile is compiled
+        assert execution.compiled is compiled
         assert execution.notes == ()
 
     @pytest.mark.parametrize("setting", ["auto", "on"])
     def test_without_a_compiler_one_note_says_so(self, monkeypatch, setting):
         monkeypatch.setattr(hardware, "find_cxx_compiler", lambda: None)
         execution = resolve(compile=setting, steps=10**5)
-        assert execution.compile is False
+        assert execution.compiled is False
         (note,) = execution.notes
         assert note.startswith("No C++ compiler found")
 
@@ -90,6 +90,20 @@ class TestCompile:
         monkeypatch.setattr(hardware, "find_cxx_compiler", lambda: None)
         assert resolve(compile="off").notes == ()
         assert resolve(compile="auto", steps=10).notes == ()
+
+
+def test_the_other_way_to_set_tf32_is_pointed_out(monkeypatch):
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        with (
+            pytest.raises(UserError, match=r"^train\.tf32: this process has set fp32_precision"),
+            hardware.fp32_products(torch.device("cuda"), True),
+        ):
+            pass
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_a_compiler_is_looked_for_on_the_path(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scalelong_fast.training.metrics import LossWindow, MetricsLog, read_metrics
+from scalelong_fast.training.ranks import Ranks
 
 CPU = torch.device("cpu")
 
@@ -58,6 +59,63 @@ class TestLossWindow:
             first.add(step, loss)
             second.add(step, loss)
         assert second.mean() == first.mean() == pytest.approx(float(losses.double().mean()), rel=1e-15)
+
+
+class Others(Ranks):
+    """This process and others, of which it is known what they bring to the next exchange."""
+
+    def __init__(self, world, windows=()):
+        super().__init__(world=world, control=object())
+        self.windows = windows
+
+    def sum(self, tensor):
+        tensor += sum(float(window.total) for window in self.windows)
+        for window in self.windows:
+            window.total.zero_()
+        return tensor
+
+    def least(self, tensor):
+        return tensor
+
+
+class TestLossWindowOfSeveral:
+    def windows(self, world, state=None):
+        """The windows of all processes; the first one knows the others."""
+        others = [LossWindow(CPU) for _ in range(world - 1)]
+        windows = [LossWindow(CPU, Others(world, others)), *others]
+        if state is not None:
+            windows[0].load_state_dict(state)
+        return windows
+
+    def test_the_mean_does_not_depend_on_when_losses_are_combined(self):
+        """A run that stops in the middle of a window combines once more than one that does not."""
+        losses = torch.rand(5, 3, generator=torch.Generator().manual_seed(3))
+        whole, stopped = self.windows(3), self.windows(3)
+        for step, row in enumerate(losses, start=1):
+            for window, loss in zip(whole, row, strict=True):
+                window.add(step, loss)
+            for window, loss in zip(stopped, row, strict=True):
+                window.add(step, loss)
+            stopped[0].combine()
+            stopped = self.windows(3, stopped[0].state_dict())
+        whole[0].combine()
+        assert stopped[0].mean() == whole[0].mean() == float(losses.double().sum()) / 15
+
+    @pytest.mark.parametrize(("first", "then"), [(4, 2), (1, 2), (2, 4)])
+    def test_every_step_counts_alike_on_another_number_of_processes(self, first, then):
+        windows = self.windows(first)
+        for window in windows:
+            window.add(1, torch.tensor(3.0))
+        windows[0].combine()
+        windows = self.windows(then, windows[0].state_dict())
+        for window in windows:
+            window.add(2, torch.tensor(5.0))
+        windows[0].combine()
+        assert windows[0].mean() == 4.0
+
+    def test_a_window_of_an_earlier_version_held_the_mean_over_the_processes(self):
+        window = self.windows(2, {"total": torch.tensor(6.0, dtype=torch.float64), "count": 2})[0]
+        assert window.mean() == 3.0
 
 
 class TestMetricsLog:

@@ -1,7 +1,5 @@
 """FSDP's hooks, mixed precision and DTensors in a run of one process; more of them: test_ranks_curves.py."""
 
-import socket
-
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -16,17 +14,6 @@ from scalelong_fast.training.shares import local
 from scalelong_fast.training.step import TrainStep
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def alone(monkeypatch):
-    """torchrun's environment for one process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    values = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-    for name, value in {**values, "MASTER_PORT": port}.items():
-        monkeypatch.setenv(name, str(value))
 
 
 @pytest.fixture(scope="module")

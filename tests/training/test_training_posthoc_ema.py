@@ -1,6 +1,7 @@
 """Averages followed for post-hoc EMA: their arithmetic, snapshots, resuming, and models made of them."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -112,6 +113,31 @@ def test_full_disk_leaves_nothing_half_written(followed, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         PostHocEMA(nn.Linear(2, 2), (0.1,)).store(snapshots, 200, Ranks())
     assert sorted(path.name for path in snapshots.path.iterdir()) == before
+
+
+def test_others_may_read_snapshots_where_they_may_read_other_files(followed):
+    snapshots, *_ = followed
+    before = os.umask(0o022)
+    try:
+        snapshots.save(Profile(165, 0.1), {"weight": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert snapshots.file(Profile(165, 0.1)).stat().st_mode & 0o777 == 0o644
+
+
+def test_snapshots_are_kept_when_a_run_begins_anew(tiny, train, tmp_path, tree):
+    """Somebody removed the checkpoints; the averages of the steps before are in no other file."""
+    train(tiny({"train.steps": 4, **WIDTHS}), tmp_path)
+    before = tree(tmp_path / "posthoc")
+    for number in (1, 2):
+        shutil.rmtree(tmp_path / "checkpoints")
+        _, said = train(tiny({"train.steps": 2, **WIDTHS}), tmp_path)
+        assert (
+            f"There is no checkpoint, but snapshots of averages: they are kept in {tmp_path}/posthoc-{number}" in said
+        )
+    assert len(before) == 4
+    assert tree(tmp_path / "posthoc-1") == before
+    assert len(tree(tmp_path / "posthoc")) == len(tree(tmp_path / "posthoc-2")) == 2
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,32 @@ def test_a_run_that_fails_leaves_no_profiler_behind(tmp_path):
     assert not list(tmp_path.iterdir())  # it had seen no step
 
 
+def begun(folder, wait):
+    """A profile that has begun, of a device that ``wait`` waits for."""
+    profile = StepProfile(5, folder, torch.device("cpu"), lambda line: None)
+    for _ in range(SETTLING_STEPS):
+        profile.after_step()
+    profile._wait = wait
+    return profile
+
+
+def device_is_lost():
+    raise RuntimeError("CUDA error: unspecified launch failure")
+
+
+def test_the_profiler_stops_even_where_the_device_is_lost(tmp_path):
+    profile = begun(tmp_path, device_is_lost)
+    with pytest.raises(RuntimeError, match="unspecified launch failure"):
+        profile.close()
+    assert not torch.autograd.profiler._is_profiler_enabled
+
+
+def test_what_ended_the_run_is_what_is_raised(tmp_path):
+    with pytest.raises(ZeroDivisionError), begun(tmp_path, device_is_lost):
+        raise ZeroDivisionError
+    assert not torch.autograd.profiler._is_profiler_enabled
+
+
 def test_nothing_is_recorded_on_other_ranks(tmp_path):
     profile = StepProfile(0, tmp_path / "profile", torch.device("cpu"), lambda line: None)
     for _ in range(10):

@@ -10,6 +10,7 @@ from torch import nn
 
 from scalelong_fast.errors import UserError
 from scalelong_fast.models import UViTConfig, build_model
+from scalelong_fast.models.recomputing import KEPT, _kept_ops
 from scalelong_fast.training import TrainConfig
 from scalelong_fast.training.batches import BatchSource
 from scalelong_fast.training.blocks import repeated_blocks
@@ -45,9 +46,7 @@ def test_gradients_are_the_same_bit_for_bit(tiny, make_step, toy_images, assert_
     overrides = {"model.fused": fused} | ({"model.dropout": 0.3} if preset == "digits-unet" else {})
     draw = BatchSource(toy_images, tiny(overrides, preset), CPU)(0)
     found = [
-        gradients(
-            awake(make_step(tiny(overrides | {"train.recompute": how}, preset), Execution(CPU, autocast, False))), draw
-        )
+        gradients(awake(make_step(tiny(overrides | {"train.recompute": how}, preset), Execution(CPU, autocast))), draw)
         for how in HOW
     ]
     assert any(gradient.any() for gradient in found[0][1:])
@@ -99,11 +98,34 @@ def test_works_in_a_compiled_step(tiny, make_step, toy_images, monkeypatch, how,
     config = tiny({"train.recompute": how})
     draw = BatchSource(toy_images, config, CPU)(0)
     eager = gradients(awake(make_step(config)), draw)
-    compiled = make_step(config, Execution(CPU, None, True, mode=mode))
+    compiled = make_step(config, Execution(CPU, None, mode))
     for got, expected in zip(gradients(awake(compiled), draw), eager, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    assert compiled.compiled
+    assert compiled.execution.compiled
     torch._dynamo.reset()
+
+
+def test_every_op_that_is_kept_exists():
+    assert len(_kept_ops()) == sum(map(len, KEPT.values()))
+
+
+@pytest.mark.parametrize(
+    ("preset", "dropout", "training", "kept"),
+    [
+        ("digits-uvit", 0, True, False),
+        ("digits-unet", 0, True, False),
+        ("digits-unet", 0.1, False, False),
+        ("digits-unet", 0.1, True, True),
+    ],
+)
+def test_random_numbers_are_kept_only_where_some_are_drawn(tiny, monkeypatch, preset, dropout, training, kept):
+    read = []
+    state = torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: read.append(1) or state())
+    model = build_model(tiny({"model.dropout": dropout} if dropout else {}, preset).model).train(training)
+    set_recomputation(model, "block")
+    model(torch.randn(2, 1, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+    assert bool(read) == kept
 
 
 def test_says_which_names_there_are():

@@ -1,63 +1,34 @@
 """A stopped run goes on to exactly the numbers of an uninterrupted one, bit for bit, however it was stopped."""
 
-import json
 import os
 import signal
 
 import pytest
 
 import scalelong_fast.training.objective as objective_module
-from scalelong_fast.training.config import to_dict
 
-#: Trains once per sabotage, each time in a child that kills itself; forking spares the imports.
-DRIVER = """
-import io, json, os, signal, sys
-from pathlib import Path
+#: What makes a run of the command line that of ``tiny()``.
+OPTIONS = "--train.no-async-save"
 
-import safetensors.torch
-import torch
-
-import scalelong_fast.training.checkpoint as checkpoint
-import scalelong_fast.training.loop as loop
-from scalelong_fast.data import load_images
-from scalelong_fast.training import RunConfig, Trainer
-from scalelong_fast.training.config import from_dict
-
-# Both import a lot when first used.
-load_images("digits")
-torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-config = from_dict(RunConfig, json.loads(sys.argv[1]))
-endings = []
-for sabotage, out in json.loads(sys.argv[2]):
-    child = os.fork()
-    if child == 0:
-        exec(sabotage)
-        Trainer(config, Path(out), "digits-uvit").run()
-        os._exit(0)
-    endings.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-print("endings", json.dumps(endings))
-"""
-
-#: How a process dies, and the step from which the next one goes on. Rows come every 3 steps, checkpoints every 4.
+#: How a process dies, the step from which the next one goes on, and options of the run. Rows come every 3 steps,
+#: checkpoints every 4.
 SABOTAGE = {
     "between two checkpoints, rows after the last one written": (
         """
+loop = module("scalelong_fast.training.loop")
 draw = loop.BatchSource.__call__
 loop.BatchSource.__call__ = lambda self, step: die() if step == 7 else draw(self, step)
 """,
         4,
+        OPTIONS,
     ),
     "halfway through the tensors of a checkpoint": (
         """
-import torch.distributed.checkpoint.filesystem as files
+checkpoint, files = module("scalelong_fast.training.checkpoint"), module("torch.distributed.checkpoint.filesystem")
 save, write, saved, written = checkpoint.CheckpointFolder.save, files._write_item, [], []
-def noted(self, step, state):
+def noted(self, step, *args, **options):
     saved.append(step)
-    return save(self, step, state)
+    return save(self, step, *args, **options)
 def torn(*args, **options):
     result = write(*args, **options)
     written.append(saved[-1])
@@ -65,15 +36,16 @@ def torn(*args, **options):
 checkpoint.CheckpointFolder.save, files._write_item = noted, torn
 """,
         4,
+        OPTIONS,
     ),
     "in a background thread, while the next step is taken": (
         """
-import dataclasses
-config = dataclasses.replace(config, train=dataclasses.replace(config.train, async_save=True))
+checkpoint, loop, time = (module(name) for name in (
+    "scalelong_fast.training.checkpoint", "scalelong_fast.training.loop", "time"
+))
 write = checkpoint.write_tensors
 def slow(folder, *args):
     if "000000008" in str(folder):
-        import time
         time.sleep(60)
     return write(folder, *args)
 checkpoint.write_tensors = slow
@@ -81,24 +53,28 @@ draw = loop.BatchSource.__call__
 loop.BatchSource.__call__ = lambda self, step: die() if step == 9 else draw(self, step)
 """,
         4,
+        "",
     ),
     "before a complete checkpoint gets its name": (
         """
+os = module("os")
 rename = os.rename
 os.rename = lambda a, b: die() if str(b).endswith("step_000000008") else rename(a, b)
 """,
         4,
+        OPTIONS,
     ),
     "after a checkpoint, before the averaged model": (
         """
-save = checkpoint.CheckpointFolder.save
-def last(self, step, state):
-    save(self, step, state)
-    if step == 8:
-        die()
-checkpoint.CheckpointFolder.save = last
+loop = module("scalelong_fast.training.loop")
+save, saves = loop.RunFolder.save_ema, []
+def last(self, model):
+    saves.append(None)
+    return die() if len(saves) == 2 else save(self, model)
+loop.RunFolder.save_ema = last
 """,
         8,
+        OPTIONS,
     ),
 }
 
@@ -122,34 +98,23 @@ def assert_equals_reference(reference, last_state, history, assert_same):
     return compare
 
 
-def test_a_second_run_gives_the_same_numbers(tiny, train, tmp_path, assert_equals_reference):
-    train(tiny(), tmp_path)
+def test_a_finished_run_can_be_lengthened_at_any_step(tiny, train, tmp_path, assert_equals_reference):
+    before = 0
+    for steps in (1, 3, 4, 5, 10):  # with a row there, with a checkpoint, with neither
+        reached, said = train(tiny({"train.steps": steps}), tmp_path)
+        assert reached == steps
+        assert before == 0 or f"Going on from step {before} of {steps}" in said
+        before = steps
     assert_equals_reference(tmp_path)
 
 
-@pytest.mark.parametrize("steps", [3, 4, 5])
-def test_a_finished_run_can_be_lengthened(tiny, train, tmp_path, assert_equals_reference, steps):
-    assert train(tiny({"train.steps": steps}), tmp_path)[0] == steps
-    reached, said = train(tiny(), tmp_path)
-    assert reached == 10
-    assert f"Going on from step {steps} of 10" in said
-    assert_equals_reference(tmp_path)
-
-
-def test_in_many_pieces(tiny, train, tmp_path, assert_equals_reference):
-    for steps in (1, 2, 5, 7, 10):
-        train(tiny({"train.steps": steps}), tmp_path)
-    assert_equals_reference(tmp_path)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_after_a_signal(tiny, train, tmp_path, monkeypatch, assert_equals_reference, number):
+def test_after_a_signal(tiny, train, tmp_path, monkeypatch, assert_equals_reference):
     calls, original = [], objective_module.diffusion_loss
 
     def interrupted(*args):
         calls.append(None)
         if len(calls) == 5:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)
         return original(*args)
 
     monkeypatch.setattr(objective_module, "diffusion_loss", interrupted)
@@ -159,13 +124,15 @@ def test_after_a_signal(tiny, train, tmp_path, monkeypatch, assert_equals_refere
 
 
 @pytest.fixture(scope="module")
-def killed(tiny, python, tmp_path_factory):
+def killed(on_ranks, tmp_path_factory):
     """The folder of a killed run for every entry of SABOTAGE."""
     folders = {name: tmp_path_factory.mktemp("killed") for name in SABOTAGE}
-    plan = [(SABOTAGE[name][0], str(out)) for name, out in folders.items()]
-    done = python(DRIVER, json.dumps(to_dict(tiny())), json.dumps(plan))
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.split("endings ")[1]) == [-signal.SIGKILL] * len(plan), done.stderr
+    plan = [
+        {"world": 0, "out": out, "sabotage": SABOTAGE[name][0], "arguments": SABOTAGE[name][2]}
+        for name, out in folders.items()
+    ]
+    for ended in on_ranks(plan):
+        assert ended.codes == [-signal.SIGKILL], ended.errors
     return folders
 
 
@@ -180,7 +147,9 @@ def test_after_kill_9(tiny, train, killed, assert_equals_reference, name):
     assert not [path for path in out.rglob("*") if path.name.endswith((".tmp", ".old", ".gone"))]
 
 
-def test_drawing_samples_on_the_way_changes_nothing(tiny, train, tmp_path, assert_equals_reference):
+def test_a_second_run_gives_the_same_numbers_also_with_samples_on_the_way(
+    tiny, train, tmp_path, assert_equals_reference
+):
     train(tiny({"train.sample_every": 2, "train.tensorboard": True}), tmp_path)
     assert_equals_reference(tmp_path)
 

@@ -1,12 +1,13 @@
 """The run folder: its config, its averaged model, and one process at a time."""
 
 import json
+import os
 
 import pytest
 import torch
 
 from scalelong_fast.errors import UserError
-from scalelong_fast.models import UViT
+from scalelong_fast.models import UViT, build_model
 from scalelong_fast.training import RunFolder
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -94,6 +95,22 @@ class TestAveragedModel:
         folder.save_ema(model)
         assert torch.equal(folder.load_ema().pos_embed, model.pos_embed)
         assert not staging.exists()
+
+    def test_content_reaches_the_disk_before_its_name(self, folder, tiny, monkeypatch):
+        calls, fsync, replace = [], os.fsync, os.replace
+
+        def synced(handle):
+            calls.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))))
+            fsync(handle)
+
+        monkeypatch.setattr(os, "fsync", synced)
+        monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("name", b.name)), replace(a, b)))
+        folder.save_ema(build_model(tiny().model))
+        names = [name for kind, name in calls if kind == "name"]
+        assert {"model.safetensors", "config.json"} <= set(names)
+        for name in names:
+            assert calls.index(("fsync", name)) < calls.index(("name", name))
+        assert calls[-1] == ("fsync", "ema")
 
     def test_no_model_yet(self, folder):
         with pytest.raises(UserError, match=r"^RUN: .* has no trained model yet"):

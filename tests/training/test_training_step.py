@@ -89,6 +89,15 @@ def test_a_restored_step_goes_on_identically(tiny, make_step, batches, assert_sa
     assert_same(second.state_dict(), straight.state_dict())
 
 
+def test_looking_at_the_state_of_a_fresh_step_changes_no_update(tiny, make_step, batches):
+    seen, unseen = (make_step(tiny({"train.betas": (0.9, 0.95)})) for _ in range(2))
+    state = seen.state_dict()["optimizer"]
+    assert all(float(moments["step"]) == 0 and not moments["exp_avg"].any() for moments in state.values())
+    for step in range(2):
+        assert torch.equal(seen(step, batches(step)), unseen(step, batches(step)))
+        assert torch.equal(weights(seen), weights(unseen))
+
+
 def test_a_restored_step_keeps_the_decay_and_betas_it_was_configured_with(tiny, make_step, batches):
     old = make_step(tiny({"train.weight_decay": 0.1}))
     old(0, batches(0))
@@ -99,7 +108,7 @@ def test_a_restored_step_keeps_the_decay_and_betas_it_was_configured_with(tiny, 
 
 
 def test_a_run_may_go_on_in_another_precision(tiny, make_step, batches):
-    plain, scaled = Execution(CPU, None, False), Execution(CPU, torch.float16, False)
+    plain, scaled = Execution(CPU, None), Execution(CPU, torch.float16)
     single, half = make_step(tiny(), plain), make_step(tiny(), scaled)
     single(0, batches(0))
     half.load_state_dict(single.state_dict())
@@ -137,7 +146,7 @@ class TestIsFinite:
 
 def test_a_compiled_step_gives_the_eager_losses(tiny, make_step, batches):
     config = tiny()
-    eager, compiled = make_step(config), make_step(config, Execution(CPU, None, True))
+    eager, compiled = make_step(config), make_step(config, Execution(CPU, None, "auto"))
     for step in range(3):
         draw = batches(step)
         torch.testing.assert_close(compiled(step, draw), eager(step, draw), rtol=1e-5, atol=1e-6)
@@ -154,6 +163,27 @@ def test_bf16_autocast_keeps_weights_and_loss_in_float32(tiny, make_step, batche
     reference = make_step(tiny())(0, batches(0))
     assert loss != reference
     torch.testing.assert_close(loss, reference, rtol=2e-2, atol=0)
+
+
+class _Replayed(torch.autograd.Function):
+    """A loss that lies where that of the next call will lie, as CUDA graphs return it."""
+
+    place = torch.zeros(())
+
+    @staticmethod
+    def forward(ctx, loss):
+        return _Replayed.place.copy_(loss).detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_losses_of_cuda_graphs_can_be_kept(tiny, make_step, batches, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *args: _Replayed.apply(function(*args)))
+    replayed, eager = make_step(tiny(), Execution(CPU, None, "graphs")), make_step(tiny())
+    kept = [replayed(step, batches(step)) for step in range(3)]
+    assert kept == [eager(step, batches(step)) for step in range(3)]
 
 
 class _Uncompilable:
@@ -182,12 +212,13 @@ class _FailingBackward(torch.autograd.Function):
 def test_goes_on_eagerly_where_compiling_fails(tiny, make_step, batches, monkeypatch, where):
     monkeypatch.setattr(torch, "compile", lambda function, **_: _Uncompilable(function, where))
     config = tiny()
-    broken, eager = make_step(config, Execution(CPU, None, True)), make_step(config)
+    broken, eager = make_step(config, Execution(CPU, None, "auto")), make_step(config)
     with pytest.warns(UserWarning, match="torch.compile failed, going on eagerly: no"):
         loss = broken(0, batches(0))
     assert loss == eager(0, batches(0))
     assert broken(1, batches(1)) == eager(1, batches(1))
     assert torch.equal(weights(broken), weights(eager))
+    assert broken.execution.describe() == "cpu, fp32, eager"
 
 
 def test_an_error_of_an_eager_step_is_not_swallowed(tiny, make_step, batches):

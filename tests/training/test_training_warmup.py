@@ -23,7 +23,7 @@ def run(train_step, batches, steps):
 @pytest.mark.parametrize("done", [0, 2], ids=["fresh", "resumed"])
 def test_a_run_is_the_same_bit_for_bit_after_warming_up(tiny, make_step, batches, assert_same, autocast, done):
     config = tiny({"train.grad_clip": 1.0, "train.ema_profiles": (0.1,)})
-    plain, warm = (make_step(config, Execution(CPU, autocast, False)) for _ in range(2))
+    plain, warm = (make_step(config, Execution(CPU, autocast)) for _ in range(2))
     for train_step in (plain, warm):
         run(train_step, batches, range(done))
     warm_up(warm, batches(7))
@@ -71,4 +71,4 @@ def test_a_failure_leaves_everything_as_it_was(tiny, make_step, batches, assert_
 
 def test_only_a_compiled_step_on_a_gpu_is_warmed_up(tiny, make_step):
     assert not needs_warm_up(make_step(tiny()))
-    assert not needs_warm_up(make_step(tiny(), Execution(CPU, None, True)))
+    assert not needs_warm_up(make_step(tiny(), Execution(CPU, None, "auto")))
