@@ -40,7 +40,7 @@ train: $(STAMP)
 	$(BIN)/scalelong-fast train $(PRESET) --out runs/$(PRESET) $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
