@@ -16,6 +16,7 @@ TRAIN = [
     "rich>=13.7",
     "safetensors>=0.4.5",
     "scikit-learn>=1.4",
+    "scipy>=1.11",
     "tensorboard>=2.16",
     "tyro>=0.9",
 ]
