@@ -70,6 +70,19 @@ def check_same_options(configs: list[dict[str, Any]]) -> None:
             )
 
 
+def check_same_precision(dtypes: list[str]) -> None:
+    """Raise unless every process computes in the same dtype, ``auto`` being what its hardware can; one per process.
+
+    Gradients that one scales, for fp16, and another does not would be averaged without a word.
+    """
+    for rank, dtype in enumerate(dtypes):
+        if dtype != dtypes[0]:
+            raise UserError(
+                f"train.precision: process {rank} computes in {dtype}, process 0 in {dtypes[0]}: their GPUs differ. "
+                "Name one that all can: --train.precision fp16 or fp32."
+            )
+
+
 def check_same_data(fingerprints: list[str]) -> None:
     """Raise unless every process has opened the same data; one fingerprint per process."""
     for rank, fingerprint in enumerate(fingerprints):

@@ -1,7 +1,9 @@
 """What a run keeps: checkpoints and averaged models, and of those only sound ones."""
 
+import warnings
 from typing import Any
 
+from scalelong_fast.errors import UserError
 from scalelong_fast.training.checkpoint import CheckpointFolder
 from scalelong_fast.training.metrics import LossWindow
 from scalelong_fast.training.outputs import Outputs
@@ -50,14 +52,27 @@ class Keeper:
     def save(self, step: int) -> None:
         """Save a checkpoint and the averaged model.
 
+        Where the save before this one failed in the background, this one is waited for: a disk that was full for a
+        while costs a checkpoint and no more.
+
         Raises:
             NonFiniteLossError: the state is broken; nothing was saved.
-            UserError, OSError: it could not be written, or what was saved before could not.
+            UserError, OSError: it could not be written.
         """
         self.check_state(step)
-        self.checkpoints.wait()  # the average before this one may be on its way to disk
+        failed = None
+        try:
+            self.checkpoints.wait()  # the average before this one may be on its way to disk
+        except (UserError, OSError) as error:  # all processes are told of it
+            failed = error
         self.outputs.gather_average()
         self.checkpoints.save(step, self.state(), then=self.outputs.write_average)
+        if failed is not None:
+            self.checkpoints.wait()
+            if self.ranks.is_main:
+                warnings.warn(
+                    f"the save before that of step {step} failed ({failed}); this one is written", stacklevel=2
+                )
 
     def save_average(self) -> None:
         """Write the averaged model alone."""

@@ -16,7 +16,14 @@ from scalelong_fast.errors import UserError
 from scalelong_fast.models import UViT, build_model
 from scalelong_fast.training.batches import BatchSource
 from scalelong_fast.training.checkpoint import CheckpointFolder
-from scalelong_fast.training.checks import check_data, check_model, check_same_data, check_same_options, check_same_run
+from scalelong_fast.training.checks import (
+    check_data,
+    check_model,
+    check_same_data,
+    check_same_options,
+    check_same_precision,
+    check_same_run,
+)
 from scalelong_fast.training.config import RunConfig, to_dict
 from scalelong_fast.training.files import write_json
 from scalelong_fast.training.hardware import resolve_execution
@@ -115,6 +122,7 @@ class Trainer:
         check_same_data(self.ranks.gather(facts["data_fingerprint"]))
         device = self.ranks.device_name(config.train.device)
         execution = resolve_execution(dataclasses.replace(config.train, device=device))
+        check_same_precision(self.ranks.gather(str(execution.autocast)))
         schedule = create_schedule(
             config.diffusion.schedule, beta_min=config.diffusion.beta_min, beta_max=config.diffusion.beta_max
         ).to(execution.device)

@@ -134,9 +134,11 @@ class RunFolder:
         except Exception as error:  # safetensors has an error type of its own for a full disk
             raise OSError(f"could not write {staging}: {error}") from error
         folder.mkdir(exist_ok=True)
-        for file in staging.iterdir():
+        files = list(staging.iterdir())  # in any order, as the file system likes
+        for file in files:
             shutil.copymode(staging / "config.json", file)  # safetensors lets nobody but the owner read
             fsync_file(file)
+        for file in files:
             os.replace(file, folder / file.name)
         fsync_directory(folder)
         staging.rmdir()

@@ -45,7 +45,8 @@ def stop_signals() -> Iterator[list[int]]:
         yield received
     finally:
         for number, old in before.items():
-            signal.signal(number, old)
+            # None: a handler that was not set from Python, which Python cannot set again.
+            signal.signal(number, signal.SIG_DFL if old is None else old)
 
 
 class _GivenUpError(Exception):

@@ -90,8 +90,8 @@ class Writing:
                 try:
                     return self._future.result(timeout=1.0)
                 except NotYetError:
-                    if self._future.done():
-                        raise
+                    if self._future.done():  # at this very moment, or the work itself ran into a limit
+                        return self._future.result()
                 now = self.pulse.read()
                 if now != seen:
                     self.ranks.beat(before + now[0])

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +96,14 @@ class TestAveragedModel:
         folder.save_ema(model)
         assert torch.equal(folder.load_ema().pos_embed, model.pos_embed)
         assert not staging.exists()
+
+    @pytest.mark.parametrize("backwards", [False, True])
+    def test_in_whichever_order_a_file_system_lists_the_files(self, folder, tiny, monkeypatch, backwards):
+        listed = Path.iterdir
+        monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(listed(path), reverse=backwards)))
+        model = UViT(tiny().model)
+        folder.save_ema(model)
+        assert torch.equal(folder.load_ema().pos_embed, model.pos_embed)
 
     def test_content_reaches_the_disk_before_its_name(self, folder, tiny, monkeypatch):
         calls, fsync, replace = [], os.fsync, os.replace

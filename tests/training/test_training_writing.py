@@ -1,6 +1,7 @@
 """Writing in a thread: told from a stall by what grows, and never given up by a process that is alone."""
 
 import threading
+from concurrent.futures import TimeoutError as NotYetError
 
 import pytest
 
@@ -71,6 +72,28 @@ def test_errors_come_up_where_it_is_waited_for():
         raise OSError("stale file handle")
 
     with pytest.raises(OSError, match="stale file handle"):
+        Writing(work, Ranks()).wait()
+
+
+def test_work_that_ends_just_as_a_wait_runs_out_has_succeeded(monkeypatch):
+    writing = Writing(lambda pulse: None, Ranks())
+    writing._thread.join()
+    result = writing._future.result
+
+    def too_late(timeout=None):
+        if timeout is not None:
+            raise NotYetError
+        return result()
+
+    monkeypatch.setattr(writing._future, "result", too_late)
+    writing.wait()
+
+
+def test_a_limit_that_the_work_itself_ran_into_comes_up():
+    def work(pulse):
+        raise TimeoutError("the file server")
+
+    with pytest.raises(TimeoutError, match="the file server"):
         Writing(work, Ranks()).wait()
 
 
