@@ -49,8 +49,8 @@ def from_diffusers(
         as ``unet(x, timesteps, y)``, with class labels or text features as ``y``, and returns the tensor.
 
     Raises:
-        UserError: not one of the two classes, an option of it that our UNet has not, parameters that do not fit, or
-            ``scaling`` for a model that is patched.
+        UserError: not one of the two classes, or a subclass with a forward of its own; FreeU; an option that our UNet
+            has not; parameters that do not fit; or ``scaling``, or gates of another kind, for a model that is patched.
     """
     diffusers = import_optional("diffusers", "diffusers")
     if not isinstance(model, diffusers.UNet2DModel | diffusers.UNet2DConditionModel):
@@ -60,13 +60,14 @@ def from_diffusers(
             "a UNet2DModel or UNet2DConditionModel of diffusers",
             "Other networks keep their class and are scaled in place: scalelong_fast.apply_scalelong(model).",
         )
+    text = isinstance(model, diffusers.UNet2DConditionModel)
+    check_computes(model, diffusers.UNet2DConditionModel if text else diffusers.UNet2DModel)
     for name in overrides:
         if name not in FREE:
             known = {field.name for field in dataclasses.fields(UNetConfig)}
             if name in known:
                 raise UserError(f"{name}: it follows from the model and cannot be chosen. Free are: {', '.join(FREE)}.")
             raise unknown_name("override", name, FREE)
-    text = isinstance(model, diffusers.UNet2DConditionModel)
     img_size = overrides.pop("img_size", None)
     arguments = unet_arguments(type(model), dict(model.config), text, img_size)
     patch = state_of(model)
@@ -78,6 +79,7 @@ def from_diffusers(
     given = {"scaling": scaling or "none", "kappa": kappa, "init": "identity"}
     if patch is not None:
         given = {name: patch.settings[name] or given[name] for name in given}
+        check_gates(overrides if patch.settings["init"] else {}, "They come from the patch")
     config = UNetConfig(**(arguments | given | overrides))
     weight = model.conv_in.weight
     with torch.device(weight.device):
@@ -117,9 +119,7 @@ def to_diffusers(model: UNet) -> "UNet2DModel | UNet2DConditionModel":
         )
     config = model.config
     gated = config.scaling in ("ls", "ls-individual")
-    for name, value in _GATES_OF_A_PATCH.items() if gated else ():
-        if getattr(config, name) != value:
-            raise invalid(name, getattr(config, name), f"{value!r}", "Gates become a patch, whose gates are like that.")
+    check_gates({name: getattr(config, name) for name in _GATES_OF_A_PATCH} if gated else {}, "They become a patch")
     cls = diffusers.UNet2DConditionModel if config.clip_dim > 0 else diffusers.UNet2DModel
     weight = model.input_blocks[0][0].weight
     with torch.device(weight.device):
@@ -135,3 +135,26 @@ def to_diffusers(model: UNet) -> "UNet2DModel | UNet2DConditionModel":
         apply_scalelong(theirs, name, kappa=kappa, shared=shared, init=config.init)
         state_of(theirs).scaling.load_state_dict(model.scaling.state_dict())
     return theirs.train(model.training)
+
+
+def check_computes(model: torch.nn.Module, base: type) -> None:
+    """Refuse a model that does not compute what ``base``, its class in diffusers, does with the same weights."""
+    if type(model).forward is not base.forward:
+        raise invalid(
+            "model",
+            type(model).__name__,
+            f"{base.__name__} itself: this subclass has a forward of its own, which would be lost",
+            "Such networks keep their class and are scaled in place: scalelong_fast.apply_scalelong(model).",
+        )
+    for number, block in enumerate(model.up_blocks):
+        if all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")):
+            raise UserError(
+                f"model: FreeU is on (up_blocks[{number}]), which our UNet has not. Call disable_freeu() on it first."
+            )
+
+
+def check_gates(options: dict[str, Any], why: str) -> None:
+    """Refuse hyperparameters of gates that a patch does not have; ``why`` says what it has to do with one."""
+    for name, value in _GATES_OF_A_PATCH.items():
+        if options.get(name, value) != value:
+            raise invalid(name, options[name], f"{value!r} for the gates", f"{why}, whose gates are like that.")

@@ -213,7 +213,7 @@ All settings are in `run.json`, the metrics of the training in `metrics.jsonl`.
 ## Use
 
 ```bash
-pip install "scalelong_fast[train]"
+pip install "scalelong_fast[train] @ git+<address of the repository of scalelong_fast>"
 ```
 
 ```python

@@ -115,6 +115,18 @@ def in_place_silu(layers, c):
     return h * 1
 
 
+def offloaded(layers, c):
+    """Memory of the norm's parameters is swapped once it was called, which bumps no version."""
+    kept = {parameter: parameter.data for parameter in layers.norm.parameters()}
+    h = layers.norm(c)
+    for parameter in kept:
+        parameter.data = torch.full_like(parameter, 100.0)
+    out = F.silu(h)
+    for parameter, data in kept.items():
+        parameter.data = data
+    return out
+
+
 def hooked(layers, c):
     c.register_hook(lambda grad: grad * 3)
     return layers.block(c)
@@ -163,6 +175,7 @@ READERS = {
     "setitem": set_items,
     "in place on the norm": in_place_norm,
     "in-place silu": in_place_silu,
+    "offloaded norm": offloaded,
     "hook on the concat": hooked,
     "hooks on the norm": hooked_norm,
     "custom function": lambda layers, c: Exponential.apply(c),
@@ -502,6 +515,19 @@ def test_feature_changed_before_it_is_read():
         c = torch.cat([x, defer_skip(skip, kappa)], 1)
         with torch.no_grad():
             x.add_(1)
+        with pytest.raises(UserError, match=r"fused=False"):
+            Layers().norm(c)
+
+
+@pytest.mark.parametrize("what", ["swapped", "freed"])
+def test_memory_taken_before_it_is_read(what):
+    (x, skip, _), kappa = features()
+    with always_defer():
+        c = torch.cat([x, defer_skip(skip, kappa)], 1)
+        if what == "swapped":
+            x.data = torch.zeros_like(x)
+        else:
+            x.untyped_storage().resize_(0)
         with pytest.raises(UserError, match=r"fused=False"):
             Layers().norm(c)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scalelong_fast.errors import UserError
-from scalelong_fast.integrations import from_diffusers, remove_scalelong, to_diffusers
+from scalelong_fast.integrations import apply_scalelong, from_diffusers, remove_scalelong, to_diffusers
 from scalelong_fast.models import UNet, UNetConfig, UViT, UViTConfig, model_config
 
 diffusers = pytest.importorskip("diffusers")
@@ -276,6 +276,34 @@ def test_what_is_no_such_unet_is_refused():
     uvit = UViT(UViTConfig(img_size=8, embed_dim=16, depth=2, num_heads=2))
     with pytest.raises(UserError, match=r"model: got 'UViT', expected a scalelong_fast UNet.*no class of the U-ViT"):
         to_diffusers(uvit)
+
+
+def test_a_model_that_computes_something_else_is_refused():
+    class Other(diffusers.UNet2DModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    class Same(diffusers.UNet2DModel):
+        pass
+
+    with pytest.raises(UserError, match=r"model: got 'Other', expected UNet2DModel itself.*apply_scalelong"):
+        from_diffusers(Other(**TINY_2D))
+    from_diffusers(Same(**TINY_2D))
+    theirs = diffusers.UNet2DConditionModel(**TINY_TEXT)
+    theirs.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    with pytest.raises(UserError, match=r"FreeU is on.*disable_freeu"):
+        from_diffusers(theirs)
+    theirs.disable_freeu()
+    from_diffusers(theirs)
+
+
+@pytest.mark.parametrize("option", [{"reduction": 8}, {"calibration": "ie"}, {"activation": "mish"}], ids=str)
+def test_gates_of_a_patch_are_not_made_others(option):
+    theirs = apply_scalelong(diffusers.UNet2DModel(**TINY_2D))
+    with pytest.raises(UserError, match=rf"{next(iter(option))}: got .*for the gates"):
+        from_diffusers(theirs, **option)
+    from_diffusers(theirs, reduction=16)
+    from_diffusers(apply_scalelong(diffusers.UNet2DModel(**TINY_2D), "cs"), **option)  # without gates: without meaning
 
 
 def test_overrides_are_those_that_do_not_follow_from_the_weights():

@@ -123,6 +123,10 @@ def test_the_card_says_how_to_load_the_model_and_that_code_runs(make_run, tmp_pa
     out = tmp_path / "published"
     Release.of_run(folder.path).write(out, "me/mine")
     card = (out / "README.md").read_text()
+    # Nobody's package of that name on an index is installed.
+    assert re.findall(r"pip install (.*)", card) == [
+        '"scalelong_fast[train] @ git+<address of the repository of scalelong_fast>"'
+    ]
     names = {}
     exec(code_of(card).replace("me/mine", str(out)), names)
     for key, value in names["model"].state_dict().items():

@@ -1,11 +1,13 @@
 """A patch survives being written and read: by save_scalelong, and by diffusers itself."""
 
+import copy
 import importlib
 import json
 import os
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 import torch
@@ -137,9 +139,56 @@ def test_damaged_folders(tmp_path):
     refused(unet(), tmp_path, GATES)
     save_scalelong(patched(shared=True), tmp_path / "other")
     os.replace(tmp_path / "other" / GATES, tmp_path / GATES)
+    refused(unet(), tmp_path, "is not of the save", SETTINGS)
+    # Settings of the first such files do not say which gates they belong to.
+    (tmp_path / SETTINGS).write_text(json.dumps({key: value for key, value in record.items() if key != "gates"}))
     refused(unet(), tmp_path, "missing in the file", "more")
     with pytest.raises(UserError, match="a file of that name"):
         save_scalelong(patched(), tmp_path / SETTINGS)
+
+
+def test_saving_that_is_interrupted_between_the_files(tmp_path, monkeypatch):
+    """Gates of the same shapes, but for another network or other settings, must not be taken for those of the old."""
+    save_scalelong(patched(), tmp_path)
+    other = patched(init="paper")
+    nn.init.ones_(other.scalelong.scaling.gates[0].up.bias)
+    monkeypatch.setattr(json, "dumps", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_scalelong(other, tmp_path)
+    monkeypatch.undo()
+    refused(unet(), tmp_path, "saving was interrupted")
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+DAMAGES = {
+    "no sites": (lambda record: record.pop("sites"), "no sites"),
+    "no adapter": (lambda record: record.pop("adapter"), "no adapter"),
+    "no scaling": (lambda record: record.pop("scaling"), "no scaling"),
+    "a scaling": (lambda record: record.update(scaling="lz"), "scaling of the patch: got 'lz'"),
+    "an adapter": (lambda record: record.update(adapter="other"), "adapter: got 'other'"),
+    "empty sites": (lambda record: record.update(sites=[]), "expected 1 … N"),
+    "a site": (lambda record: record["sites"][0].pop("module"), "sites are damaged"),
+    "its extra": (lambda record: record["sites"][0]["extra"].clear(), "sites are damaged"),
+    "not a dict": (None, "patch: got 3, expected a dict"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_patches(tmp_path, name):
+    damage, said = DAMAGES[name]
+    save_scalelong(patched(), tmp_path)
+    stored = json.loads((tmp_path / SETTINGS).read_text())
+    if damage is None:
+        stored["patch"] = 3
+    else:
+        damage(stored["patch"])
+    (tmp_path / SETTINGS).write_text(json.dumps(stored))
+    model = unet()
+    refused(model, tmp_path, said)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 # What diffusers writes and reads.
@@ -216,6 +265,55 @@ def test_config_of_another_structure_is_left_without():
         model = diffusers.UNet2DModel.from_config({**config, "block_out_channels": (8,)})
     assert KEY not in model.config
     assert not hasattr(model, "scalelong")
+
+
+@pytest.mark.parametrize("damage", [lambda r: r.update(version=99), lambda r: r.pop("sites"), lambda r: r.clear()])
+def test_patch_of_a_config_that_nobody_understands(tmp_path, damage):
+    """The network without its scaling would be another one."""
+    model = patched()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    damage(config[KEY])
+    with pytest.raises(UserError, match=r"patch"):
+        diffusers.UNet2DModel.from_config(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"patch"):
+        diffusers.UNet2DModel.from_pretrained(tmp_path)
+
+
+def test_loading_drops_compiled_code_and_says_so():
+    """What was compiled around another network of the class would be reused for the loaded one, unscaled."""
+    torch.compiler.reset()
+    run = torch.compile(output, backend="eager")
+    plain = unet()
+    run(plain)
+    config = patched("cs", kappa=0.3).config  # patching drops it too
+    run(plain)
+    with pytest.warns(UserWarning, match="was dropped"):
+        model = diffusers.UNet2DModel.from_config(config).eval()
+    torch.testing.assert_close(run(model), output(model))
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        diffusers.UNet2DModel.from_config(config)
+
+
+def test_patterns_of_ones_own_come_back():
+    name = pretrained._NOT_CAST
+    model = unet()
+    setattr(model, name, ["conv_in"])
+    apply_scalelong(model)
+    assert getattr(model, name) == ["conv_in", "^scalelong$"]
+    assert vars(remove_scalelong(copy.deepcopy(model)))[name] == ["conv_in"]
+    assert vars(remove_scalelong(model))[name] == ["conv_in"]
+
+
+def test_a_config_is_for_from_config():
+    """The entry has no leading underscore, with which diffusers would drop it unsaid where it is not known."""
+    model = patched("cs")
+    with pytest.raises(TypeError, match=KEY):
+        diffusers.UNet2DModel(**model.config)
+    assert diffusers.UNet2DModel.from_config(model.config).scalelong.settings == model.scalelong.settings
 
 
 def test_file_without_gates(tmp_path):

@@ -200,6 +200,27 @@ class TestRefused:
         with pytest.raises(UserError, match=r"DataParallel has collected.*Patch the network first"):
             apply_scalelong(nn.DataParallel(net))
 
+    @pytest.mark.parametrize("kind", ["DataParallel", "FSDP2"])
+    def test_parts_that_are_wrapped_for_parallel_training(self, net, kind):
+        if kind == "DataParallel":
+            net.encoder[0] = nn.DataParallel(net.encoder[0])
+            said = r"part 'encoder.0' is wrapped. DataParallel has collected.*Patch the network first, then wrap"
+        else:
+            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+            try:
+                torch.distributed.fsdp.fully_shard(net.encoder[0], mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+            finally:
+                torch.distributed.destroy_process_group()
+            said = r"part 'encoder.0' is sharded \(FSDP\) already. Patch the network first, then shard"
+        with pytest.raises(UserError, match=said):
+            apply_scalelong(net)
+        assert state_of(net) is None
+
+    def test_a_patched_network_that_was_wrapped_since(self, net):
+        apply_scalelong(net)
+        net.encoder[0] = nn.DataParallel(net.encoder[0])
+        assert apply_scalelong(net) is net
+
     def test_a_network_with_a_child_of_that_name(self, net):
         net.scalelong = nn.Identity()
         with pytest.raises(UserError, match=r"attribute 'scalelong' of its own"):

@@ -238,6 +238,40 @@ def test_gates_ask_for_inputs_where_the_width_is_that_of_the_sequence(network):
         assert state_of(model) is None
 
 
+class Pixels(Block):
+    """Takes (B, H, W, C)."""
+
+    def _forward(self, x, skip=None):
+        if self.skip_linear is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        return x + self.mlp(self.norm2(x))
+
+
+class PixelNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.in_blocks = nn.ModuleList([Pixels(8) for _ in range(2)])
+        self.mid_block = Pixels(8)
+        self.out_blocks = nn.ModuleList([Pixels(8, skip=True) for _ in range(2)])
+
+    def forward(self, x):
+        skips = []
+        for block in self.in_blocks:
+            x = block(x)
+            skips.append(x)
+        x = self.mid_block(x)
+        for block in self.out_blocks:
+            x = block(x, skips.pop())
+        return x
+
+
+def test_gates_take_no_features_with_channels_last():
+    inputs = (noise(2, 4, 4, 8),)
+    with pytest.raises(UserError, match=r"concatenates features \(2, 4, 4, 8\) with the channels last"):
+        apply_scalelong(PixelNet(), example_inputs=inputs)
+    assert len(apply_scalelong(PixelNet(), "cs", example_inputs=inputs).scalelong.sites) == 2
+
+
 def test_a_record_patches_another_without_inputs(network):
     case, model, _ = network
     apply_scalelong(model, example_inputs=case.inputs, init="paper")

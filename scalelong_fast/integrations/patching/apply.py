@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from scalelong_fast.errors import UserError, invalid
+from scalelong_fast.errors import UserError
 from scalelong_fast.integrations.patching.adapters import ExampleInputs, find_sites, get_adapter
 from scalelong_fast.integrations.patching.check import (
+    RECORD_VERSION,
     canonical_settings,
     check_module,
     check_patchable,
+    check_record,
     check_same,
     refuse_patched_part,
 )
@@ -21,9 +23,6 @@ from scalelong_fast.integrations.patching.pretrained import clear_config, write_
 from scalelong_fast.integrations.patching.site import Site
 from scalelong_fast.integrations.patching.state import NAME, ScaleLongState, state_of, unwrapped
 from scalelong_fast.scaling import SCALINGS, LearnableScaling, LongSkipScaling, create_scaling
-
-#: Version of the plain data that :meth:`ScaleLongState.record` gives.
-RECORD_VERSION = 1
 
 
 def apply_scalelong(
@@ -39,7 +38,8 @@ def apply_scalelong(
     """Scale the long skip connections of ``model``, in place.
 
     The network gets a child module ``scalelong`` with the coefficients, and hooks that ask it; no forward is replaced.
-    Calling it again with the same settings changes nothing.
+    Calling it again with the same settings changes nothing. All code that ``torch.compile`` made in this process is
+    dropped (``torch.compiler.reset()``) and made again at the next call: patch before you compile.
 
     Args:
         model: a network with long skip connections.
@@ -91,15 +91,17 @@ def apply_record(model: nn.Module, record: dict[str, Any]) -> nn.Module:
         ``model``; its gates are new.
 
     Raises:
-        UserError: the network is patched already, or has no such sites. Nothing is changed then.
+        UserError: the network is patched already, or has no such sites; a record that is damaged or of another version.
+            Nothing is changed then.
     """
     check_patchable(model)
     if state_of(model) is not None:
         raise UserError("model: it is patched already. Call remove_scalelong(model) first; that drops its gates.")
-    settings = {key: value for key, value in record.items() if key != "sites"}
-    if settings.get("version") != RECORD_VERSION:
-        raise invalid("version of the patch", settings.get("version"), f"{RECORD_VERSION}", "Update scalelong_fast.")
-    patch(unwrapped(model), settings, [Site.from_dict(site) for site in record["sites"]])
+    sites = check_record(record)
+    try:
+        patch(unwrapped(model), {key: value for key, value in record.items() if key != "sites"}, sites)
+    except KeyError as error:  # adapters read what their sites have in extra before they hook anything
+        raise UserError(f"patch: its sites are damaged: they have no {error}. Save it again.") from error
     forget_compiled(model)
     return model
 
@@ -107,7 +109,8 @@ def apply_record(model: nn.Module, record: dict[str, Any]) -> nn.Module:
 def remove_scalelong(model: nn.Module) -> nn.Module:
     """Take the patch out of ``model``, bit for bit; a network without one is left as it is.
 
-    The gates are dropped with what they learned: save them first (``save_scalelong``).
+    The gates are dropped with what they learned: save them first (``save_scalelong``). Compiled code is dropped too, as
+    by :func:`apply_scalelong`.
 
     Returns:
         ``model``.
@@ -123,7 +126,7 @@ def remove_scalelong(model: nn.Module) -> nn.Module:
     for handle in state.handles:
         handle.remove()
     del unwrapped(model)._modules[NAME]
-    clear_config(unwrapped(model))
+    clear_config(unwrapped(model), state.before)
     forget_compiled(model)
     return model
 
@@ -145,6 +148,13 @@ def make_scaling(settings: dict[str, Any], sites: Sequence[Site]) -> LongSkipSca
     name = settings["scaling"]
     if issubclass(SCALINGS[name], LearnableScaling):
         unknown = [site.module for site in sites if site.width is None]
+        last = next((site.shapes for site in sites if site.width is None and site.shapes), None)
+        if last is not None:
+            raise UserError(
+                f"scaling: got {name!r}, but {', '.join(repr(module) for module in unknown)} concatenates features "
+                f"{last} with the channels last. Gates take (B, C, ...) or tokens (B, L, D). Scalings without gates, "
+                "such as 'cs', take any."
+            )
         if unknown:
             raise UserError(
                 f"example_inputs: the gates of scaling {name!r} need the width of every long skip, which the modules "
@@ -174,8 +184,9 @@ def place(state: ScaleLongState, network: nn.Module) -> None:
 def forget_compiled(model: nn.Module) -> None:
     """Drop code that was compiled for the network without the patch (or with it): hooks are no guard of its reuse.
 
-    All compiled code goes, since a function or network around this one does not show that it was compiled. A warning is
-    given where the network itself or a part of it was.
+    All compiled code goes, since a function or network around this one does not show that it was compiled, and one that
+    was compiled for another network of the class is reused for a new one. A warning is given where the network itself
+    or a part of it was.
     """
     if "torch._dynamo" not in sys.modules:
         return  # the compiler was never imported, so nothing is compiled

@@ -6,11 +6,17 @@ import torch
 from torch import nn
 
 from scalelong_fast.errors import UserError, check_bool, check_range, invalid, unknown_name
-from scalelong_fast.integrations.patching.state import NAME, ScaleLongState, patched_parts, unwrapped
+from scalelong_fast.integrations.patching.site import Site
+from scalelong_fast.integrations.patching.state import NAME, ScaleLongState, patched_parts, state_of, unwrapped
 from scalelong_fast.models.hub import Backbone
 from scalelong_fast.scaling import SCALINGS, LearnableScaling, NoScaling, resolve_scaling
 from scalelong_fast.scaling.constant import check_kappa
 from scalelong_fast.scaling.gates import INITS
+
+#: Version of the plain data that :meth:`ScaleLongState.record` gives.
+RECORD_VERSION = 1
+
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
 def canonical_settings(
@@ -71,19 +77,56 @@ def check_patchable(model: Any) -> None:
                 f"model: {where} is a {type(module).__name__} of scalelong_fast, which scales its long skips itself. "
                 "Choose the scaling where it is made: create_model(name, scaling=...)."
             )
-    if isinstance(network, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise UserError(
-            f"model: {type(network).__name__} has collected its parameters already, and gates added now would not be "
-            "trained together. Patch the network first, then wrap it."
-        )
-    if any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(network).__mro__):
-        raise UserError("model: it is sharded (FSDP) already. Patch the network first, then shard it.")
+    if state_of(network) is None:
+        refuse_parallel(network)
     taken = network._modules.get(NAME, getattr(network, NAME, None))
     if taken is not None and not isinstance(taken, ScaleLongState):
         raise UserError(
             f"model: {type(network).__name__} has an attribute {NAME!r} of its own, where the patch would belong."
         )
     refuse_patched_part(model)
+
+
+def refuse_parallel(network: nn.Module) -> None:
+    """The network, or a part of it, has its parameters synchronised between processes: gates would not be."""
+    for name, module in network.named_modules():
+        # By name: importing FSDP takes a second.
+        found = [cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS]
+        if not found:
+            continue
+        where = f"its part {name!r}" if name else "it"
+        if "FSDP" in found[0] or "Fully" in found[0]:
+            raise UserError(f"model: {where} is sharded (FSDP) already. Patch the network first, then shard it.")
+        raise UserError(
+            f"model: {where} is wrapped. {found[0]} has collected its parameters already, and gates added now would "
+            "not be trained together. Patch the network first, then wrap it."
+        )
+
+
+def check_record(record: Any) -> list[Site]:
+    """The sites in the plain data of a patch, e.g. read from a file.
+
+    Raises:
+        UserError: data of another version, or from which no patch can be made.
+    """
+    if not isinstance(record, dict):
+        raise invalid("patch", record, "a dict, as save_scalelong or save_pretrained writes it")
+    if record.get("version") != RECORD_VERSION:
+        raise invalid("version of the patch", record.get("version"), f"{RECORD_VERSION}", "Update scalelong_fast.")
+    needed = ("scaling", "kappa", "shared", "fused", "init", "expect", "adapter", "sites")
+    absent = [key for key in needed if key not in record]
+    if absent:
+        raise UserError(f"patch: it is damaged: it has no {', '.join(absent)}. Save it again.")
+    if str(record["scaling"]) not in SCALINGS:
+        raise unknown_name("scaling of the patch", record["scaling"], SCALINGS)
+    try:
+        sites = [Site.from_dict(site) for site in record["sites"]]
+        numbers = sorted(site.i for site in sites)
+    except TypeError as error:
+        raise UserError(f"patch: its sites are damaged ({error}). Save it again.") from error
+    if not sites or numbers != list(range(1, len(sites) + 1)):
+        raise UserError(f"patch: its sites are damaged: got skips {numbers}, expected 1 … N. Save it again.")
+    return sites
 
 
 def refuse_patched_part(model: nn.Module) -> None:

@@ -244,7 +244,9 @@ class DeferredNorm(Promise):
         # Autocast has GroupNorm in float32 on a GPU.
         wide = self.of.device.type != "cpu" and torch.is_autocast_enabled(self.of.device.type)
         dtype = torch.float32 if wide else self.of.dtype
-        super().__init__((*self.of.unchanged(), weight, bias), self.of.shape, self.of.strides, dtype)
+        # Views, since a hook after the norm may put other memory into its parameters (offloading does).
+        tensors = (*self.of.unchanged(), weight.view_as(weight), bias.view_as(bias))
+        super().__init__(tensors, self.of.shape, self.of.strides, dtype)
 
     def arguments(self) -> tuple:
         """Of ``scale_concat_group_norm``."""

@@ -41,24 +41,33 @@ def write_config(network: nn.Module, state: ScaleLongState) -> None:
     if hasattr(network, "register_to_config"):
         network.register_to_config(**{KEY: {**state.record(), "network": type(network).__name__, "needs": NEEDS}})
     if hasattr(type(network), _NOT_CAST):
+        state.before = {key: network.__dict__[key] for key in (_NOT_CAST,) if key in network.__dict__}
         setattr(network, _NOT_CAST, [*(getattr(network, _NOT_CAST) or ()), f"^{NAME}$"])
 
 
-def clear_config(network: nn.Module) -> None:
-    """Take the patch out of the config."""
+def clear_config(network: nn.Module, before: dict[str, Any]) -> None:
+    """Take the patch out of the config; ``before`` has the attributes of the network that were replaced."""
     entries = network.__dict__.get("_internal_dict")
     if entries is not None and KEY in entries:
         network._internal_dict = type(entries)({key: value for key, value in entries.items() if key != KEY})
     network.__dict__.pop(_NOT_CAST, None)
+    network.__dict__.update(before)
 
 
 def renew_patch(model: Any, record: dict[str, Any] | None) -> None:
-    """Patch a model that was made from a config with a patch in it; a patch that does not fit is dropped, and said."""
+    """Patch a model that was made from a config with a patch in it; a patch that does not fit is dropped, and said.
+
+    Raises:
+        UserError: the patch is damaged or of another version, so that nobody knows what it would have done.
+    """
     from scalelong_fast.integrations.patching.apply import apply_record
+    from scalelong_fast.integrations.patching.check import check_record
 
     if record is None or not isinstance(model, nn.Module) or state_of(model) is not None:
         return
-    clear_config(model)
+    check_record(record)
+    clear_config(model, {})
+    compiled = holds_compiled_code()
     try:
         apply_record(model, {key: value for key, value in record.items() if key not in ("network", "needs")})
     except UserError as error:
@@ -68,6 +77,12 @@ def renew_patch(model: Any, record: dict[str, Any] | None) -> None:
             stacklevel=4,
         )
         return
+    if compiled:
+        warnings.warn(
+            "All code that torch.compile made in this process was dropped, since a model with scaled long skips was "
+            "loaded: the next call compiles again. Load such models before you compile.",
+            stacklevel=4,
+        )
     other = record.get("network", type(model).__name__)
     if other != type(model).__name__ and next(model.scalelong.parameters(), None) is not None:
         # Such as UNetMotionModel.from_unet2d, which copies weights part by part.
@@ -77,6 +92,12 @@ def renew_patch(model: Any, record: dict[str, Any] | None) -> None:
             "carries them over.",
             stacklevel=4,
         )
+
+
+def holds_compiled_code() -> bool:
+    """Whether anything was compiled in this process, as far as the compiler says."""
+    tracker = getattr(sys.modules.get("torch._dynamo.convert_frame"), "input_codes", None)
+    return bool(getattr(tracker, "seen", ()))
 
 
 def renew_missing_gates(model: nn.Module, missing: Sequence[str]) -> None:
@@ -161,7 +182,7 @@ def extend_loading(models: ModuleType) -> None:
         made = make(cls, config, return_unused_kwargs, **kwargs)
         model = made[0] if return_unused_kwargs else made
         # A config given as a path was read in there.
-        renew_patch(model, record or getattr(model, "_internal_dict", {}).get(KEY))
+        renew_patch(model, getattr(model, "_internal_dict", {}).get(KEY) if record is None else record)
         return made
 
     @functools.wraps(load)

@@ -48,6 +48,11 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _identity(tensor: Tensor) -> tuple[int, int]:
+    """What changes with the values: memory that is swapped or freed leaves the version as it was."""
+    return tensor._version, tensor.data_ptr()
+
+
 class Promise:
     """How the values of a deferred tensor are computed, and their gradients. It holds no values itself.
 
@@ -66,7 +71,7 @@ class Promise:
     def __init__(self, tensors: tuple[Tensor, ...], shape: Any, strides: Any, dtype: torch.dtype):
         # Where no gradient is recorded the result is a constant, whatever it is made of.
         self.tensors = tensors if torch.is_grad_enabled() else tuple(t.detach() for t in tensors)
-        self.versions = [t._version for t in tensors]
+        self.seen = [_identity(t) for t in self.tensors]
         self.shape, self.strides, self.dtype, self.device = shape, strides, dtype, tensors[0].device
         self.region = region()
         # The graph from the result to the tensors: its two ends. Neither keeps a tensor that no gradient needs.
@@ -78,15 +83,16 @@ class Promise:
         raise NotImplementedError
 
     def unchanged(self) -> tuple[Tensor, ...]:
-        """``tensors``, which nobody has changed in place.
+        """``tensors``, which nobody has changed in place or taken the memory of.
 
         Raises:
             UserError: somebody has.
         """
-        if [t._version for t in self.tensors] != self.versions:
+        if [_identity(t) for t in self.tensors] != self.seen:
             raise UserError(
-                "fused: got a network that changes a feature in place between its concatenation and the layer that "
-                "reads the concat, expected the feature as it was. Patch the network with fused=False."
+                "fused: got a network that changes a feature or a weight, in place or by other memory, between its "
+                "concatenation and the layer that reads the concat, expected all as it was. Patch the network with "
+                "fused=False."
             )
         return self.tensors
 

@@ -1,5 +1,6 @@
 """The patch of any network in a folder of its own: the gates, and what is needed to patch such a network again."""
 
+import hashlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from scalelong_fast.errors import UserError, invalid
 from scalelong_fast.integrations.patching.apply import apply_record, remove_scalelong
-from scalelong_fast.integrations.patching.check import check_module
+from scalelong_fast.integrations.patching.check import check_module, check_record
 from scalelong_fast.integrations.patching.state import NAME, ScaleLongState, state_of, unwrapped
 from scalelong_fast.scaling import LongSkipScaling
 
@@ -58,14 +59,17 @@ def save_scalelong(model: nn.Module, folder: str | Path) -> Path:
             )
         gates[name] = value.detach().contiguous().cpu()
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / GATES, lambda file: file.write(safetensors.save(gates, {"format": "pt"})))
+    content = safetensors.save(gates, {"format": "pt"})
     network = unwrapped(model)
     record = {
         "format": FORMAT,
         "network": type(network).__name__,
+        # A crash between the two files would leave new gates beside old settings.
+        "gates": hashlib.sha256(content).hexdigest(),
         "shapes": shapes_at_sites(network, state),
         "patch": state.record(),
     }
+    write_atomically(folder / GATES, lambda file: file.write(content))
     write_json(folder / SETTINGS, record)
     return folder
 
@@ -86,8 +90,9 @@ def load_scalelong(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     check_module(model)
     record = read_settings(Path(folder))
-    gates = read_gates(Path(folder))
+    gates = read_gates(Path(folder), record.get("gates"))
     state, patch = state_of(model), record["patch"]
+    check_record(patch)
     network = unwrapped(model)
     differences = differing_shapes(network, record["shapes"])
     if differences:
@@ -142,16 +147,23 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return record
 
 
-def read_gates(folder: Path) -> dict[str, Tensor]:
-    """``scalelong.safetensors``."""
+def read_gates(folder: Path, fingerprint: str | None) -> dict[str, Tensor]:
+    """``scalelong.safetensors``, whose SHA-256 is in the settings where these are not of the first such files."""
     path = folder / GATES
     if not path.is_file():
         raise invalid("folder", str(folder), f"a folder with {GATES}, as save_scalelong writes it")
     safetensors = import_safetensors()
+    content = path.read_bytes()
     try:
-        return safetensors.load_file(path)
+        gates = safetensors.load(content)
     except Exception as error:  # its errors are of a class of its own, made in Rust
         raise UserError(f"folder: {path} is damaged ({error}). Save the patch again.") from error
+    if fingerprint not in (None, hashlib.sha256(content).hexdigest()):
+        raise UserError(
+            f"folder: {path} is not of the save that {SETTINGS} is of: one of them was replaced, or saving was "
+            "interrupted. Save the patch again."
+        )
+    return gates
 
 
 def shapes_at_sites(network: nn.Module, state: ScaleLongState) -> dict[str, list[int]]:

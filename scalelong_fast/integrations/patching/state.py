@@ -29,6 +29,7 @@ class ScaleLongState(nn.Module):
 
     Attributes:
         handles: of the hooks, each with ``remove()``.
+        before: attributes of the network that the patch has replaced, for when it is removed.
         last_kappas: i to the κ_i of the last forward that was not compiled, detached.
     """
 
@@ -38,6 +39,7 @@ class ScaleLongState(nn.Module):
         self.sites = sorted(sites, key=lambda site: site.i)
         self.settings = dict(settings)
         self.handles: list[Any] = []
+        self.before: dict[str, Any] = {}
         self.last_kappas: dict[int, Kappa] = {}
 
     @property

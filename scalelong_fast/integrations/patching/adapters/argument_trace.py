@@ -71,14 +71,16 @@ def site_of(judged: Judged, i: int, call: Call, argument: str, value: int) -> Si
     """The site of a long skip that is the argument of a block."""
     concat = judged.concat
     shape, tokens = concat.shapes[judged.skip], concat.dim != 1
+    # (B, H, W, C) has no dimension that a gate of channels or tokens belongs to; the shape lets the error say so.
+    last = tokens and len(shape) != 3
     return Site(
         i,
         plain_name(call.name),
         f"argument {argument}",
-        # (B, H, W, C) has no dimension that a gate of channels or tokens belongs to.
-        width=shape[1] if not tokens or len(shape) == 3 else None,
+        width=None if last else shape[1],
         dim=-1 if tokens else 1,
         skip_first=judged.skip == 0,
+        shapes=tuple(shape) if last else None,
         extra={"argument": argument},
     )
 

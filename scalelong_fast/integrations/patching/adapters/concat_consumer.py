@@ -175,6 +175,8 @@ def site_of(trace: Trace, judged: Judged, i: int, receivers: list[tuple[str, int
     concat, side = judged.concat, judged.skip
     shape = concat.shapes[side]
     tokens = concat.dim != 1
+    # (B, H, W, C) has no dimension that a gate of channels or tokens belongs to; the shape lets the error say so.
+    last = tokens and len(shape) != 3
     sides = [shape] if whole else concat.shapes
     kind = "skip as an argument" if whole else "concat"
     if judged.scaled == (side,):
@@ -183,10 +185,10 @@ def site_of(trace: Trace, judged: Judged, i: int, receivers: list[tuple[str, int
         i,
         receivers[0][0],
         kind,
-        # (B, H, W, C) has no dimension that a gate of channels or tokens belongs to.
-        width=shape[1] if not tokens or len(shape) == 3 else None,
+        width=None if last else shape[1],
         dim=-1 if tokens else 1,
         skip_first=side == 0,
+        shapes=tuple(shape) if last else None,
         extra={
             "receivers": [list(receiver) for receiver in receivers],
             "channels": [size[concat.dim] for size in sides],
