@@ -91,10 +91,12 @@ def test_a_disk_that_fails_names_the_step():
 
 
 def test_closing_ends_the_thread():
+    before = set(threading.enumerate())  # other tests may have left theirs waiting
     prefetch = Prefetcher(Reader(), CPU, depth=2)
     prefetch(0)
+    assert any(thread.name.startswith("prefetch") for thread in set(threading.enumerate()) - before)
     prefetch.close()
-    wait_for(lambda: not any(thread.name.startswith("prefetch") for thread in threading.enumerate()))
+    wait_for(lambda: set(threading.enumerate()) <= before)
 
 
 def test_a_depth_below_0_is_refused():
