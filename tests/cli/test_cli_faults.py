@@ -30,7 +30,7 @@ print("codes", json.dumps(codes))
 #: What the disk is full for: options, largest file in bytes, what could not be written. The model's file has 48 kB, a
 #: checkpoint's 800 kB; a snapshot comes before either.
 FULL = {
-    "checkpoint": (["--train.async-save"], 400_000, "checkpoints/step_000000004"),
+    "checkpoint": (["--train.async-save"], 400_000, "checkpoints/step_000000006"),
     "snapshot": (
         ["--train.no-async-save", "--train.ema-profiles", "0.1", "--train.ema-snapshot-every", "3"],
         20_000,

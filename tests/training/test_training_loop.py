@@ -390,7 +390,7 @@ class TestFullDisk:
 
         def fills_up(*args):
             saves.append(None)
-            if len(saves) == 2:
+            if len(saves) >= 2:
                 raise self.FULL
             write(*args)
 
@@ -399,7 +399,24 @@ class TestFullDisk:
         with pytest.raises(UserError, match=r"^out: could not write .*step 4 is untouched"):
             train(config, tmp_path)
         assert last_state(tmp_path)[0] == 4
+        monkeypatch.undo()
         assert train(config, tmp_path)[0] == 10
+
+    def test_a_disk_that_was_full_for_a_while_costs_one_checkpoint(
+        self, tiny, train, tmp_path, monkeypatch, last_state
+    ):
+        write, saves = checkpoint.write_tensors, []
+
+        def full_for_a_while(*args):
+            saves.append(None)
+            if len(saves) == 2:
+                raise self.FULL
+            write(*args)
+
+        monkeypatch.setattr(checkpoint, "write_tensors", full_for_a_while)
+        with pytest.warns(UserWarning, match="the save before that of step 10 failed"):
+            assert train(tiny({"train.async_save": True}), tmp_path)[0] == 10
+        assert last_state(tmp_path)[0] == 10
 
     def test_anywhere_else(self, tiny, train, tmp_path, monkeypatch):
         def fills_up(*args):
