@@ -43,12 +43,12 @@ class BoundsSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("skips", "widths"):
+        for name, low in (("skips", 2), ("widths", 1)):  # κ_1 = 1 always: with one skip there is nothing to compare
             values = getattr(self, name)
             if not values:
                 raise invalid(f"--{name}", values, "at least one number")
             for value in values:
-                check_range(f"--{name}", value, low=1, integer=True)
+                check_range(f"--{name}", value, low=low, integer=True)
         for name, low in (("block_depth", 1), ("trials", 2), ("samples", 2), ("seed", 0)):
             check_range(f"--{name.replace('_', '-')}", getattr(self, name), low=low, integer=True)
 

@@ -56,7 +56,7 @@ class LipschitzSettings:
     seeds: tuple[int, ...] = (0, 1, 2)
 
     def __post_init__(self) -> None:
-        check_dataset(self.dataset)
+        check_dataset(self.dataset, "--dataset")
         for name in ("skips", "block_depth", "steps", "batch_size", "inputs"):
             check_range(f"--{name.replace('_', '-')}", getattr(self, name), low=1, integer=True)
         check_range("--checks", self.checks, low=1, high=self.steps, integer=True)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from scalelong_fast.data import TrainingSet, list_datasets, load_images, to_network_range
-from scalelong_fast.errors import invalid, unknown_name
+from scalelong_fast.errors import UserError, invalid, unknown_name
 
 
-def check_dataset(name: str) -> None:
-    """Raise :class:`UserError` unless :func:`open_samples` knows the data set."""
+def check_dataset(name: str, argument: str = "DATASET") -> None:
+    """Raise :class:`UserError` about ``argument`` unless :func:`open_samples` knows the data set."""
     if name not in (known := [*list_datasets(), "packed"]):
-        raise unknown_name("DATASET", name, known)
+        raise unknown_name(argument, name, known)
 
 
 def open_samples(
@@ -36,7 +36,10 @@ def open_samples(
         if path is None:
             raise invalid("--path", None, "the folder of a packed set", "Make one with scalelong-fast prepare.")
         return PackedSet(path)
-    return load_images(name, path=path, img_size=img_size, progress=progress)
+    try:
+        return load_images(name, path=path, img_size=img_size, progress=progress)
+    except UserError as error:  # options of training lie one level deeper
+        raise UserError(str(error).replace("--data.", "--")) from error
 
 
 def draw_clean(dataset: TrainingSet, count: int, generator: torch.Generator) -> Tensor:

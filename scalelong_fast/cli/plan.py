@@ -28,6 +28,8 @@ class PlanArguments(PlanRequest):
 
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
+    if args and not args[0].startswith("-"):  # the network in its natural place, as other commands have it
+        args = ["--model", *args]
     arguments = parse(PlanArguments, args, "scalelong-fast plan")
     request = PlanRequest(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(PlanRequest)})
     console = Console(stderr=True)

@@ -66,7 +66,8 @@ def test_help_names_every_analysis(cli):
         (["kappa", "--scalings", "cs"], ["--scalings: got 'cs'"]),
         (["robustness", "--steps", "1"], ["--steps: got 1"]),
         (["bounds", "--widths", "0"], ["--widths: got 0"]),
-        (["bounds", "--dataset", "mnist"], ["DATASET: got 'mnist'"]),
+        (["bounds", "--skips", "1"], ["--skips: got 1", ">= 2"]),
+        (["bounds", "--dataset", "mnist"], ["--dataset: got 'mnist'"]),
     ],
     ids=str,
 )
@@ -74,6 +75,11 @@ def test_bad_input_is_refused_before_anything_is_written(cli, assert_refused, tm
     monkeypatch.chdir(tmp_path)
     assert_refused(cli("analyze", *arguments), *texts)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_not_given_is_asked_for_by_its_own_option(cli, assert_refused, tmp_path):
+    result = cli("analyze", "noise", "folder", "--out", tmp_path)
+    assert_refused(result, "--path: got None, expected a folder of images. Give it with --path")
 
 
 def test_a_run_that_is_none_or_not_of_ls_is_refused(cli, assert_refused, tiny, tmp_path):

@@ -19,7 +19,7 @@ def test_prints_ways_memory_time_and_assumptions(cli):
 
 
 def test_json_says_the_same_to_programs(cli):
-    result = cli("plan", *QUICK, "--gpus", "2", "--batch", "64", "--accumulate", "2", "--json")
+    result = cli("plan", *QUICK[1:], "--gpus", "2", "--batch", "64", "--accumulate", "2", "--json")
     assert result.code == 0, result.err
     plan = json.loads(result.out)
     assert plan["request"]["batch"] == 64
@@ -35,6 +35,7 @@ def test_json_says_the_same_to_programs(cli):
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
+        (["uvit_digit"], ["--model: got 'uvit_digit'"]),
         (["--model", "uvit_digit"], ["--model: got 'uvit_digit'", "'uvit_digits'"]),
         ([*QUICK, "--gpu", "h20"], ["--gpu: got 'h20'", "'h200'"]),
         ([*QUICK, "--gpus", "12"], ["--gpus: got 12", "--gpus-per-node = 8"]),
