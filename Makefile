@@ -1,4 +1,4 @@
-# make install | train | test | lint | bench | clean.   Needs Python >= 3.10 and make; everything else goes into .venv.
+# make install | train | test | lint | bench | bench-cpu | clean.   Needs Python >= 3.10 and make; everything else goes into .venv.
 PYTHON ?= python3
 PRESET ?= digits-uvit
 ARGS ?=
@@ -12,7 +12,8 @@ GPU_TESTS := tests/ops tests/kernels tests/models tests/scaling tests/diffusion 
 
 .PHONY: help install train test lint format bench clean
 .PHONY: gpu-test gpu-pytest gpu-sanitize gpu-bench gpu-bench-ops gpu-bench-unet-ops gpu-bench-uvit-s2 gpu-bench-uvit-m4 gpu-bench-uvit-l4
-.PHONY: gpu-bench-unet gpu-bench-unet-cifar10 gpu-bench-step
+.PHONY: gpu-bench-unet gpu-bench-unet-cifar10 gpu-bench-step gpu-bench-curves gpu-bench-attention gpu-bench-inference
+.PHONY: gpu-bench-convergence bench-cpu
 .DEFAULT_GOAL := help
 
 help:
@@ -22,10 +23,12 @@ help:
 	@echo "make lint      check style"
 	@echo "make format    mend style"
 	@echo "make bench     time a training step against the authors' recipe"
+	@echo "make bench-cpu measure all that a CPU can, in ten minutes, and put it on one page"
 	@echo "make gpu-test  on a GPU machine, nothing installed: GPU tests, then compute-sanitizer"
-	@echo "make gpu-bench on a GPU machine, nothing installed: ops, U-ViT and UNet steps, recipe; parts of it, each"
+	@echo "make gpu-bench on a GPU machine, nothing installed: the benchmarks; parts of it, each"
 	@echo "               under ten minutes: gpu-bench-ops, gpu-bench-unet-ops, gpu-bench-uvit-s2, -m4, -l4,"
-	@echo "               gpu-bench-unet, gpu-bench-unet-cifar10, gpu-bench-step"
+	@echo "               gpu-bench-unet, gpu-bench-unet-cifar10, gpu-bench-step, gpu-bench-attention,"
+	@echo "               gpu-bench-curves; besides, with diffusers: gpu-bench-inference, gpu-bench-convergence"
 	@echo "make clean     remove .venv and caches; runs/ stays"
 
 install: $(STAMP)
@@ -53,6 +56,9 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks step $(ARGS)
 
+bench-cpu: $(STAMP)
+	$(BIN)/python -m benchmarks cpu $(ARGS)
+
 gpu-test: gpu-pytest gpu-sanitize
 
 gpu-pytest:
@@ -62,7 +68,7 @@ gpu-sanitize:
 	$(PYTHON) -m benchmarks sanitize
 
 gpu-bench: gpu-bench-ops gpu-bench-unet-ops gpu-bench-uvit-s2 gpu-bench-uvit-m4 gpu-bench-uvit-l4
-gpu-bench: gpu-bench-unet gpu-bench-unet-cifar10 gpu-bench-step
+gpu-bench: gpu-bench-unet gpu-bench-unet-cifar10 gpu-bench-step gpu-bench-attention gpu-bench-curves
 
 # Called again, it measures what the first call had no time for.
 gpu-bench-ops:
@@ -73,23 +79,36 @@ gpu-bench-unet-ops:
 		--op scale_concat_conv1x1 --op group_norm_gap --op channel_stats $(ARGS)
 
 gpu-bench-uvit-s2:
-	$(PYTHON) -m benchmarks uvit --device cuda --model U-ViT-S/2 $(ARGS)
+	$(PYTHON) -m benchmarks uvit --device cuda --model U-ViT-S/2 --seconds 440 $(ARGS)
 
 gpu-bench-uvit-m4:
-	$(PYTHON) -m benchmarks uvit --device cuda --model U-ViT-M/4 $(ARGS)
+	$(PYTHON) -m benchmarks uvit --device cuda --model U-ViT-M/4 --seconds 440 $(ARGS)
 
 gpu-bench-uvit-l4:
-	$(PYTHON) -m benchmarks uvit --device cuda --model U-ViT-L/4 $(ARGS)
+	$(PYTHON) -m benchmarks uvit --device cuda --model U-ViT-L/4 --seconds 440 $(ARGS)
 
 # What compiling leaves no time for is not measured; --recipe asks for some alone.
 gpu-bench-unet:
-	$(PYTHON) -m benchmarks unet --device cuda --model unet_imagenet64 --seconds 360 $(ARGS)
+	$(PYTHON) -m benchmarks unet --device cuda --model unet_imagenet64 --seconds 440 $(ARGS)
 
 gpu-bench-unet-cifar10:
-	$(PYTHON) -m benchmarks unet --device cuda --model unet_cifar10 --seconds 360 $(ARGS)
+	$(PYTHON) -m benchmarks unet --device cuda --model unet_cifar10 --seconds 440 $(ARGS)
 
 gpu-bench-step:
-	$(PYTHON) -m benchmarks step --device cuda --rounds 8 --steps 20 $(ARGS)
+	$(PYTHON) -m benchmarks step --device cuda --rounds 8 --steps 20 --seconds 440 $(ARGS)
+
+gpu-bench-curves:
+	$(PYTHON) -m benchmarks curves --device cuda --seconds 440 $(ARGS)
+
+gpu-bench-attention:
+	$(PYTHON) -m benchmarks attention --device cuda --seconds 440 $(ARGS)
+
+# These two need diffusers besides.
+gpu-bench-inference:
+	$(PYTHON) -m benchmarks inference --device cuda --seconds 440 $(ARGS)
+
+gpu-bench-convergence:
+	$(PYTHON) -m benchmarks convergence --device cuda --seconds 440 $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info build dist

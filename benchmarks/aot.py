@@ -46,7 +46,7 @@ def _title(record: dict[str, Any]) -> str:
     return f"{record['target']} {record['kernel']} {record['dtype']} ({_constexprs(record)}; {launch})"
 
 
-_FIGURES = ("regs", "spills", "shared", "CTA/SM", "matrix", "16 B loads", "16 B stores")
+_FIGURES = ("regs", "spills", "shared", "CTA/SM", "matrix", "16 B loads", "16 B stores", "tile / source")
 
 
 def _figures(records: Sequence[dict[str, Any]]) -> list[str]:
@@ -59,6 +59,10 @@ def _figures(records: Sequence[dict[str, Any]]) -> list[str]:
         worst = min(records, key=lambda record: record[f"wide_{what}"] / max(1, record[what]))
         return f"{worst[f'wide_{what}']}/{worst[what]}"
 
+    def largest(what: str) -> str:
+        values = [record["factors"][what] for record in records if record["factors"][what] is not None]
+        return f"{max(values):g}" if values else "–"
+
     kinds = {" ".join(record["matrix_instructions"]) or "–" for record in records}
     return [
         str(max(record["registers"] for record in records)),
@@ -68,6 +72,7 @@ def _figures(records: Sequence[dict[str, Any]]) -> list[str]:
         ", ".join(sorted(kinds)),
         fewest("loads"),
         fewest("stores"),
+        f"{largest('tile_loads')}/{largest('tile_stores')}",
     ]
 
 
@@ -130,8 +135,9 @@ def main(args: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks aot",
         description="Compile every kernel ahead of time, with no GPU, and read registers, spills, shared memory, "
-        "matrix instructions and 16-byte accesses from the code. Exit code 1 where a kernel spills, lacks the matrix "
-        "instructions or the 16-byte accesses that it must have, or does not compile.",
+        "matrix instructions, 16-byte accesses and the bytes of a tile over those that the source asks for from the "
+        "code. Exit code 1 where a kernel spills, lacks the matrix instructions or the 16-byte accesses that it must "
+        "have, moves a tile more often than its source says, or does not compile.",
     )
     parser.add_argument("--target", action="append", help=f"{', '.join(TARGETS)}; may be repeated (default: all)")
     parser.add_argument(

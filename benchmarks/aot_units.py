@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks import aot_launches, environment
 from benchmarks.aot_cases import CASES, Case, Needs, covered
+from benchmarks.compiled_traffic import excess, factors
 from benchmarks.gpu_code import TARGETS, Target, describe
 from scalelong_fast.errors import UserError
 from scalelong_fast.kernels.configs import table, table_names
@@ -164,7 +165,8 @@ def compile_unit(unit: Unit) -> dict[str, Any]:
     """Compile one unit.
 
     Returns:
-        Facts of :func:`~benchmarks.gpu_code.describe`, or ``error`` where Triton does not compile it.
+        Facts of :func:`~benchmarks.gpu_code.describe` and ``factors`` of
+        :func:`~benchmarks.compiled_traffic.factors`, or ``error`` where Triton does not compile it.
     """
     target = TARGETS[unit.call.target]
     try:
@@ -173,7 +175,8 @@ def compile_unit(unit: Unit) -> dict[str, Any]:
         threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", kernel.asm.get("ptx", ""))
         warps = int(threads[1]) // target.warp_size if threads else kernel.metadata.num_warps
         columns = getattr(kernel.metadata, "tmem_size", None) or 0
-        return describe(target, kernel.asm, kernel.metadata.shared, warps, columns)
+        facts = describe(target, kernel.asm, kernel.metadata.shared, warps, columns)
+        return {**facts, "factors": factors(target, kernel.asm, kernel.metadata.num_warps)}
     except Exception as error:  # whatever the compiler raises belongs into the report
         return {"error": f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:600]}
 
@@ -213,6 +216,9 @@ def record_of(unit: Unit, facts: dict[str, Any]) -> dict[str, Any]:
     """The unit and its facts, JSON-ready."""
     launch, call = unit.launch, unit.call
     sources = sources_of(launch.module)
+    found = faults(facts, unit.needs, TARGETS[call.target], call.dtype)
+    if "error" not in facts:
+        found += excess(launch.kernel, call.target, facts["factors"])
     return {
         "kernel": launch.kernel,
         "case": call.case.name,
@@ -224,7 +230,7 @@ def record_of(unit: Unit, facts: dict[str, Any]) -> dict[str, Any]:
         "num_stages": launch.num_stages,
         "launch": launch.key,
         **facts,
-        "faults": faults(facts, unit.needs, TARGETS[call.target], call.dtype),
+        "faults": found,
         "sources": sources,
         "source_sha256": environment.source_hash(sources),
     }

@@ -1,9 +1,12 @@
 """The training recipe published with U-ViT and ScaleLong, rebuilt from its description as the reference to beat.
 
 It keeps what decides the speed of the released code: a strided convolution as patch embedding, ``einops`` and float32
-queries, keys and values in the attention, LS as mean, Linear, ReLU, Linear, sigmoid and a product, a concatenated skip,
-AdamW with default settings over one parameter group, a ``LambdaLR``, an EMA parameter by parameter, and mixed
-precision around the network alone, as Accelerate applies it. Data loading is left out, to its advantage.
+queries, keys and values in the attention, LS as mean, Linear, ReLU, Linear, sigmoid and a product, CS as a product with
+a number, a concatenated skip, AdamW with default settings over one parameter group, a ``LambdaLR``, an EMA parameter by
+parameter, and mixed precision around the network alone, as Accelerate applies it: the published command asks for fp16,
+whose gradient scaler reads on the host in every step whether a gradient was infinite. So does moving the frequencies of
+the time embedding, made on the host in every call, wait for the device. Left out, to its advantage: data loading,
+switching the modules between training and evaluation in every step, and barriers of a single process.
 """
 
 import copy
@@ -103,18 +106,20 @@ def _embed_times(times: Tensor, dim: int) -> Tensor:
 
 
 class AuthorsUViT(nn.Module):
-    """Unconditional U-ViT, with LS (``config.scaling == "ls"``) or plain skips (``"none"``).
+    """U-ViT, with labels or without; ``config.scaling`` is ``ls``, ``cs`` or ``none``.
 
     Its state dict has the released parameter names, which
     :func:`~scalelong_fast.integrations.load_uvit_checkpoint` reads.
 
     Args:
-        config: size; fields that the released configuration for CIFAR-10 does not use must keep their defaults.
+        config: size; fields that the released configurations for images do not use must keep their defaults.
     """
 
     def __init__(self, config: UViTConfig):
         super().__init__()
         self.config = config
+        self.kappa = 0.7 if config.kappa is None else config.kappa
+        self.label_emb = nn.Embedding(config.num_classes, config.embed_dim) if config.num_classes > 0 else None
         self.patch_embed = AuthorsPatchEmbed(config)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, config.embed_dim))
         half = config.depth // 2
@@ -133,12 +138,15 @@ class AuthorsUViT(nn.Module):
         # The gate comes last: it keeps the initialisation of nn.Linear.
         self.se = AuthorsGate(config.num_tokens, config.reduction) if config.scaling == "ls" else None
 
-    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        """ε prediction ``(B, C, H, W)`` of images ``(B, C, H, W)`` at times ``(B,)`` on the 0…999 scale."""
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """ε prediction ``(B, C, H, W)`` of images, like it, at times ``(B,)`` on the 0…999 scale; labels y ``(B,)``."""
         config = self.config
         patches = self.patch_embed(x)
         time_token = _embed_times(timesteps, config.embed_dim).unsqueeze(1)
-        h = torch.cat((time_token, patches), dim=1) + self.pos_embed
+        h = torch.cat((time_token, patches), dim=1)
+        if self.label_emb is not None:
+            h = torch.cat((self.label_emb(y).unsqueeze(1), h), dim=1)
+        h = h + self.pos_embed
         skips = []
         for block in self.in_blocks:
             h = block(h)
@@ -146,7 +154,11 @@ class AuthorsUViT(nn.Module):
         h = self.mid_block(h)
         for block in self.out_blocks:
             skip = skips.pop()
-            h = block(h, skip if self.se is None else skip * self.se(skip))
+            if self.se is not None:
+                skip = skip * self.se(skip)
+            elif config.scaling == "cs":
+                skip = skip * self.kappa ** len(skips)
+            h = block(h, skip)
         h = self.decoder_pred(self.norm(h))[:, config.extras :]
         side = config.img_size // config.patch_size
         p = config.patch_size
@@ -164,15 +176,15 @@ class AuthorsStep:
     """The released training step.
 
     Args:
-        model: on the device where the images will be.
-        autocast: dtype of mixed precision around the network, or None for float32.
+        model: on the device where the images will be; called with images, times and labels.
+        autocast: dtype of mixed precision around the network, or None for float32; float16 scales the loss.
         compiled: call the network through ``torch.compile``.
         lr, betas, weight_decay, warmup_steps, ema_rate: as in the released configuration for CIFAR-10.
     """
 
     def __init__(
         self,
-        model: AuthorsUViT,
+        model: nn.Module,
         autocast: torch.dtype | None = None,
         compiled: bool = False,
         lr: float = 2e-4,
@@ -186,25 +198,28 @@ class AuthorsStep:
         self.network = torch.compile(model) if compiled else model
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: min(n / warmup_steps, 1.0))
+        device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
 
-    def loss(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Squared error of each image, ``(B,)`` float32; x0, noise ``(B, C, H, W)``, t ``(B,)`` in [0, 1)."""
+    def loss(self, x0: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Squared error of each image, ``(B,)`` float32; x0, noise ``(B, C, H, W)``, t ``(B,)`` in [0, 1), labels."""
         alpha, sigma = _vp_coefficients(t)
         noisy = alpha.view(-1, 1, 1, 1) * x0 + sigma.view(-1, 1, 1, 1) * noise
         enabled = self.autocast is not None
         with torch.autocast(x0.device.type, dtype=self.autocast or torch.bfloat16, enabled=enabled):
-            predicted = self.network(noisy, t * 999)
+            predicted = self.network(noisy, t * 999, labels)
         difference = noise - predicted.float()
         return difference.pow(2).flatten(start_dim=1).mean(dim=-1)
 
-    def __call__(self, x0: Tensor) -> Tensor:
+    def __call__(self, x0: Tensor, labels: Tensor | None = None) -> Tensor:
         """Draw times and noise for the images and take one step; returns the loss, a 0-dim device tensor."""
         self.optimizer.zero_grad()
         t = torch.rand(x0.shape[0], device=x0.device)
-        loss = self.loss(x0, t, torch.randn_like(x0))
+        loss = self.loss(x0, t, torch.randn_like(x0), labels)
         logged = loss.detach().mean()  # what gathering over one process comes to
-        loss.mean().backward()
-        self.optimizer.step()
+        self.scaler.scale(loss.mean()).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.scheduler.step()
         self._update_average()
         return logged

@@ -186,7 +186,11 @@ def main(
         write_json(options.out, {**where, "settings": settings, "records": records})
         screen.print(f"Written to {options.out}.")
     worse = [record["case"] for record in records if record["verdict"] in (SLOWER, BROKEN)]
-    screen.print(f"{len(worse)} of {len(records)} slower or failing." if worse else "Nothing is slower.")
+    if worse:
+        bad = sorted((r for r in records if r["case"] in worse), key=lambda r: -r.get("ratio", math.inf))
+        screen.table(f"{len(worse)} of {len(records)} slower or failing, the worst first", *table(bad), text_columns=2)
+    else:
+        screen.print("Nothing is slower.")
     return int(bool(worse))
 
 

@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import functools
+import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,109 +12,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks import environment, unet, uvit
+from benchmarks import environment
 from benchmarks.model_steps import LossMismatchError, kept_records
+from benchmarks.op_timing import peak_bytes
 from benchmarks.report_inference import inference_rows
+from benchmarks.sampling import (
+    BATCHES,
+    KINDS,
+    PRESETS,
+    SAMPLERS,
+    SCALINGS,
+    STEPS,
+    build,
+    labels_of,
+    models,
+    noise_error,
+    predict,
+    sample,
+    sources,
+)
 from benchmarks.screen import Screen
-from benchmarks.timing import rotate, round_speed_up, summarize, synchronize
+from benchmarks.timing import check_seconds, rotate, round_speed_up, summarize, synchronize
 from benchmarks.variants import dtype_name
-from scalelong_fast.diffusion import create_schedule, sample_images
 from scalelong_fast.errors import check_range, unknown_name
-from scalelong_fast.models.registry import model_config
 from scalelong_fast.training.checkpoint import write_json
 from scalelong_fast.training.config import TrainConfig
 from scalelong_fast.training.hardware import resolve_execution
 
-SAMPLERS = ("dpm-solver++", "ddim")
-KINDS = ("eager", "compile", "ours", "ours_compile")
-SCALINGS = ("none", "ls")
-STEPS = 50
-#: How many times the error of the plain model under the same autocast a recipe may make, and what is rounding anyway.
-ERROR_FACTOR, ERROR_FLOOR = 4.0, 1e-4
-
-_SOURCES = (
-    "benchmarks/inference.py",
-    "scalelong_fast/diffusion/guidance.py",
-    "scalelong_fast/diffusion/samplers.py",
-    "scalelong_fast/diffusion/seeds.py",
-    "scalelong_fast/diffusion/solvers.py",
-)
-#: Models of a GPU by preset; what a CPU is given instead; and the larger of the two batches on each.
-_PRESETS = {"uvit_s2": uvit.REDUCED, "unet_cifar10": {"model_channels": 32, "num_res_blocks": 1}}
-_BATCHES = {"cuda": (1, 128), "cpu": (1, 4)}
-
-
-def mixed(device: torch.device, autocast: torch.dtype | None) -> torch.autocast:
-    """Autocast as ``scalelong-fast sample`` has it: on a GPU alone."""
-    return torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None)
-
-
-def models(device: torch.device) -> dict[str, Any]:
-    """Configurations by their name in results; a CPU has small ones."""
-    if device.type == "cuda":
-        return {preset: model_config(preset) for preset in _PRESETS}
-    return {f"{preset}, reduced": model_config(preset, **options) for preset, options in _PRESETS.items()}
-
-
-def build(config: Any, kind: str, scaling: str, device: torch.device) -> nn.Module:
-    """A model of a kind; all of one configuration have the same weights, none of them zero throughout.
-
-    Args:
-        config: of a U-ViT or a UNet; its scaling and ``fused`` are replaced.
-        kind: ``eager``, the plain model (a UNet contiguous); ``compile``, the same compiled (a UNet channels_last);
-            ``ours`` and ``ours_compile``, with our ops.
-        scaling: of the long skips.
-        device: where.
-    """
-    if isinstance(config, uvit.UViTConfig):
-        bench, recipe = uvit.Bench(config, device, 1, False), uvit.Recipe(scaling, fused=kind.startswith("ours"))
-    else:
-        bench, recipe = unet.Bench(config, device, 1, False), unet.Recipe(kind, scaling)
-    model = bench.model(recipe).eval()
-    return torch.compile(model, dynamic=False) if kind.endswith("compile") else model
-
-
-def sources(config: Any, kind: str, scaling: str) -> tuple[str, ...]:
-    """Files whose code the sampling runs, relative to the repository."""
-    if isinstance(config, uvit.UViTConfig):
-        own = uvit.recipe_sources(uvit.Recipe(scaling, fused=kind.startswith("ours")))
-    else:
-        own = unet.recipe_sources(unet.Recipe(kind, scaling))
-    # Of a training step's files, those that sampling runs.
-    steps = ("scalelong_fast/training/", "scalelong_fast/data/", "scalelong_fast/diffusion/loss.py")
-    return tuple(sorted({*_SOURCES, *(path for path in own if not path.startswith(steps))}))
-
-
-def noise_error(
-    name: str, model: nn.Module, plain: nn.Module, inputs: tuple[Tensor | None, ...], autocast: torch.dtype | None
-) -> float:
-    """‖difference‖ / ‖plain‖ of a model's noise prediction and the plain model's in float32, checked.
-
-    Args:
-        name: in the message.
-        model, plain: in eval mode, from equal weights.
-        inputs: images, times and labels or None.
-        autocast: dtype that the model is used with.
-
-    Raises:
-        LossMismatchError: it is more than the plain model's own under the same autocast, times a factor.
-    """
-
-    def prediction(network: nn.Module, dtype: torch.dtype | None) -> Tensor:
-        with torch.inference_mode(), mixed(inputs[0].device, dtype):
-            return network(*inputs).float()
-
-    exact = prediction(plain, None)
-    own, usual = (float((prediction(net, autocast) - exact).norm() / exact.norm()) for net in (model, plain))
-    limit = max(ERROR_FACTOR * usual, ERROR_FLOOR)
-    if not own < limit:
-        raise LossMismatchError(
-            f"{name}: with equal weights, images and times its noise differs by {own:.2g} from the plain model's in "
-            f"float32; the limit is {limit:.2g}."
-        )
-    return own
+#: Seconds for all.
+SECONDS = {"cuda": 480.0, "cpu": 170.0}
 
 
 def measure(
@@ -127,6 +57,7 @@ def measure(
     kinds: Sequence[str],
     screen: Screen,
     autocast: torch.dtype | None,
+    deadline: float = math.inf,
 ) -> list[dict[str, Any]]:
     """Time one sampler at one batch, all kinds and scalings interleaved; a visit is a whole sampling.
 
@@ -138,6 +69,7 @@ def measure(
         kinds: of :data:`KINDS`, ``eager`` among them.
         screen: where progress goes.
         autocast: dtype, or None.
+        deadline: as for :func:`~benchmarks.timing.rotate`.
 
     Returns:
         JSON-ready records.
@@ -145,14 +77,14 @@ def measure(
     Raises:
         LossMismatchError: a kind predicts other noise.
     """
-    schedule = create_schedule("vpsde").to(device)
+    torch.compiler.reset()  # one function's compiled forms are limited in number
     shape = (config.in_chans, config.img_size, config.img_size)
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(batch_size, *shape, generator=generator), torch.rand(batch_size, generator=generator) * 999
-    labels = torch.arange(batch_size, device=device) % config.num_classes if config.num_classes > 0 else None
-    inputs = x.to(device), t.to(device), labels
+    inputs = x.to(device), t.to(device), labels_of(config, batch_size, device)
     ready: dict[str, nn.Module] = {}
     errors: dict[str, float] = {}
+    peaks: dict[str, int] = {}
     hashes: dict[str, tuple[tuple[str, ...], str | None]] = {}
     for scaling in SCALINGS:
         plain = build(config, "eager", scaling, device)
@@ -162,30 +94,19 @@ def measure(
             hashes[name] = files, environment.source_hash(files)
             ready[name] = build(config, kind, scaling, device)
             errors[name] = noise_error(f"{label}, {name}", ready[name], plain, inputs, autocast)
+            peaks[name] = peak_bytes(functools.partial(predict, ready[name], inputs, autocast), device)
 
     def visit(model: nn.Module) -> float:
         synchronize(device)
         start = time.perf_counter()
-        with mixed(device, autocast):
-            sample_images(
-                model,
-                schedule,
-                image_shape=shape,
-                seeds=range(batch_size),
-                y=labels,
-                sampler=sampler,
-                steps=steps,
-                batch_size=batch_size,
-                device=device,
-            )
-        synchronize(device)
+        sample(model, config, device, sampler=sampler, batch_size=batch_size, steps=steps, autocast=autocast)
         return time.perf_counter() - start
 
     visits: dict[str, Callable[[], float]] = {name: functools.partial(visit, model) for name, model in ready.items()}
     for run in visits.values():
         run()
     with screen.progress(f"{label}, {sampler}, batch {batch_size}", rounds * len(visits)) as advance:
-        times = rotate(visits, rounds=rounds, tick=lambda name: advance())
+        times = rotate(visits, rounds=rounds, tick=lambda name: advance(), deadline=deadline)
     records = []
     for name in ready:
         kind, scaling = name.rsplit("_", 1)
@@ -202,10 +123,12 @@ def measure(
                 "compiled": kind.endswith("compile"),
                 "sampler": sampler,
                 "steps": steps,
+                "rounds": len(times[name]),
                 "median_us": round(summary.median * 1e6, 1),
                 "p20_us": round(summary.p20 * 1e6, 1),
                 "p80_us": round(summary.p80 * 1e6, 1),
                 "images_per_second": round(batch_size / summary.median, 3),
+                "peak_mib": round(peaks[name] / 2**20, 2),
                 "rel_error": errors[name],
                 "time_over_eager": round(1 / round_speed_up(times[f"eager_{scaling}"], times[name]), 4),
                 "time_over_no_scaling": round(1 / round_speed_up(times[f"{kind}_none"], times[name]), 4),
@@ -223,6 +146,8 @@ def main(args: Sequence[str], *, chosen: Mapping[str, Any] | None = None) -> int
         check_range(f"--{argument}", getattr(options, argument), low=1, integer=True)
     execution = resolve_execution(TrainConfig(device=options.device, compile="off"))
     device = execution.device
+    budget = SECONDS[device.type] if options.seconds is None else options.seconds
+    check_seconds(budget)
     for batch_size in options.batch_size or ():
         check_range("--batch-size", batch_size, low=1, integer=True)
     for sampler in options.sampler or ():
@@ -241,32 +166,38 @@ def main(args: Sequence[str], *, chosen: Mapping[str, Any] | None = None) -> int
     settings = {"rounds": options.rounds, "steps": options.steps}
     records = kept_records(path, where, settings)
     limits = environment.ceilings(device)
-    for label, config in found.items():
-        if label not in (options.model or found):
+    labels = [label for label in found if label in (options.model or found)]
+    # All models with one sampler before any with another, should time run out.
+    samplings = list(itertools.product(options.sampler or SAMPLERS, labels, options.batch_size or BATCHES[device.type]))
+    begun = time.perf_counter()
+    for number, (sampler, label, batch_size) in enumerate(samplings, start=1):
+        if time.perf_counter() > begun + budget:
+            screen.print(f"Time is up; not measured: {label}, {sampler}, batch {batch_size}.")
             continue
-        for sampler in options.sampler or SAMPLERS:
-            for batch_size in options.batch_size or _BATCHES[device.type]:
-                try:
-                    new = measure(
-                        label,
-                        _plain(config),
-                        device,
-                        sampler=sampler,
-                        batch_size=batch_size,
-                        steps=options.steps,
-                        rounds=options.rounds,
-                        kinds=kinds,
-                        screen=screen,
-                        autocast=execution.autocast if device.type == "cuda" else None,
-                    )
-                except LossMismatchError as error:
-                    screen.print(f"benchmarks: error: {error}", style="red")
-                    return 1
-                ours = {_identity(record) for record in new}
-                records = [record for record in records if _identity(record) not in ours] + new
-                write_json(path, {"environment": where, "settings": settings, "ceilings": limits, "records": records})
-                screen.table("Sampling", *inference_rows(new), text_columns=3)
-    screen.print(f"Written to {path}.")
+        try:
+            new = measure(
+                label,
+                _plain(found[label]),
+                device,
+                sampler=sampler,
+                batch_size=batch_size,
+                steps=options.steps,
+                rounds=options.rounds,
+                kinds=kinds,
+                screen=screen,
+                autocast=execution.autocast if device.type == "cuda" else None,
+                # What one leaves of its time is the next one's.
+                deadline=begun + budget * number / len(samplings),
+            )
+        except LossMismatchError as error:
+            screen.print(f"benchmarks: error: {error}", style="red")
+            return 1
+        ours = {_identity(record) for record in new}
+        records = [record for record in records if _identity(record) not in ours] + new
+        write_json(path, {"environment": where, "settings": settings, "ceilings": limits, "records": records})
+        screen.table("Sampling", *inference_rows(new), text_columns=3)
+    if records:
+        screen.print(f"Written to {path}.")
     return 0
 
 
@@ -284,13 +215,20 @@ def _parser() -> argparse.ArgumentParser:
         description="Time whole samplings: latency at batch 1 and throughput at a larger one, of a U-ViT and a UNet, "
         "without scaling and with LS; the plain model and ours, eager and compiled, all interleaved.",
     )
-    parser.add_argument("--model", action="append", help=f"may be repeated; of {', '.join(_PRESETS)} (default: all)")
+    parser.add_argument("--model", action="append", help=f"may be repeated; of {', '.join(PRESETS)} (default: all)")
     parser.add_argument("--sampler", action="append", help=f"may be repeated; of {', '.join(SAMPLERS)} (default: all)")
     parser.add_argument("--batch-size", type=int, action="append", help="may be repeated (default: 1 and a larger one)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"calls of the model for an image (default: {STEPS})")
     parser.add_argument("--rounds", type=int, default=5, help="samplings of each (default: 5)")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only, as it takes minutes"
+    )
+    on_gpu, on_cpu = SECONDS["cuda"], SECONDS["cpu"]
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help=f"end after about this time (default: {on_gpu:g} on a GPU, {on_cpu:g} on a CPU): make fewer rounds, and "
+        "leave out what comes last",
     )
     parser.add_argument("--device", default="auto", help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...")
     parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/<machine>/inference.json)")

@@ -7,6 +7,7 @@ so it lies in the operating system's cache, as one that fits into memory does fr
 """
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from benchmarks import environment
 from benchmarks.report_loader import loader_table
-from benchmarks.timing import rotate, synchronize
+from benchmarks.timing import check_seconds, rotate, synchronize
 from scalelong_fast.data import ShuffledOrder
 from scalelong_fast.data.packed import Field, PackedSet, PackedWriter, Plan
 from scalelong_fast.data.prefetch import Prefetcher
@@ -122,15 +123,22 @@ class Visit:
 
 
 def measure(
-    dataset: PackedSet, device: torch.device, *, batch_size: int, rate: float, rounds: int, steps: int
+    dataset: PackedSet,
+    device: torch.device,
+    *,
+    batch_size: int,
+    rate: float,
+    rounds: int,
+    steps: int,
+    deadline: float = math.inf,
 ) -> list[dict[str, Any]]:
-    """A record for each variant; see :func:`main` for the arguments."""
+    """A record for each variant; see :func:`main` for the arguments, ``deadline`` as for :func:`~.timing.rotate`."""
     seconds = batch_size / rate
     visits: dict[str, Visit] = {}
     for variant, depth in VARIANTS.items():
         for kind, play in (("alone", None), ("idle", idle), ("busy", busy)):
             visits[f"{variant}/{kind}"] = Visit(dataset, device, depth, batch_size, steps, seconds, play)
-    times = rotate(dict(visits), rounds=rounds)
+    times = rotate(dict(visits), rounds=rounds, deadline=deadline)
     records = []
     for variant in VARIANTS:
         alone = statistics.median(times[f"{variant}/alone"])
@@ -141,6 +149,7 @@ def measure(
             "direction": "load",
             "variant": variant,
             "batches_ahead": VARIANTS[variant],
+            "rounds": len(times[f"{variant}/alone"]),
             "images_per_second": round(batch_size / alone, 1),
             "step_us": round(1e6 * seconds, 1),
         }
@@ -166,6 +175,7 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--rate", type=float, default=5000, help="images/s of the played step (default: 5000)")
     parser.add_argument("--rounds", type=int, default=7, help="visits of each variant (default: 7)")
     parser.add_argument("--steps", type=int, default=60, help="steps of a visit (default: 60)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end after about this time, with fewer rounds")
     parser.add_argument("--device", default="auto", help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...")
     parser.add_argument("--folder", type=Path, help="where to put the temporary set (default: the system's place)")
     parser.add_argument("--out", type=Path, help="result file (default: .../<machine>/loader.json)")
@@ -173,6 +183,8 @@ def main(args: Sequence[str]) -> int:
     for name in ("images", "batch_size", "rounds", "steps"):
         check_range(f"--{name.replace('_', '-')}", getattr(options, name), low=1, integer=True)
     check_range("--rate", options.rate, low=0, low_open=True)
+    check_seconds(options.seconds)
+    deadline = time.perf_counter() + options.seconds
     device = resolve_device(options.device, "--device")
     where = environment.describe(device)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -185,6 +197,7 @@ def main(args: Sequence[str]) -> int:
             rate=options.rate,
             rounds=options.rounds,
             steps=options.steps,
+            deadline=deadline,
         )
         del dataset
     settings = {"images": options.images, "rate": options.rate, "rounds": options.rounds, "steps": options.steps}

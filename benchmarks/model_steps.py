@@ -1,35 +1,34 @@
 """What the benchmarks of whole training steps share: recipes from equal weights, checked, interleaved, written down.
 
 A benchmark is a :class:`Suite`: the models, the recipes, a :class:`StepBench` that builds them, and what its records
-say besides.
+say besides. :mod:`benchmarks.model_command` makes a command of it.
 """
 
 import argparse
 import dataclasses
-import gc
 import json
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import environment
+from benchmarks.authors_recipe import AuthorsStep
+from benchmarks.op_timing import host_seconds, peak_bytes
+from benchmarks.report_models import references
 from benchmarks.screen import Screen
 from benchmarks.timing import interleave, round_speed_up, summarize, synchronize
 from benchmarks.variants import dtype_name
 from scalelong_fast.diffusion import create_schedule
-from scalelong_fast.errors import check_range, invalid, unknown_name
 from scalelong_fast.models import ModelConfig
 from scalelong_fast.models.registry import model_config
 from scalelong_fast.training.batches import Draw
-from scalelong_fast.training.checkpoint import write_json
 from scalelong_fast.training.config import RunConfig, TrainConfig
 from scalelong_fast.training.hardware import Execution, resolve_execution
 from scalelong_fast.training.step import TrainStep
@@ -38,6 +37,13 @@ from scalelong_fast.training.step import TrainStep
 TOLERANCE = 2e-2
 WARM_UP_STEPS = 3
 SEED = 0
+#: What of a recipe is timed, and how a budget of time is shared: the loss with its graph; and its gradients; and the
+#: optimiser and the average.
+DIRECTIONS = {"fwd": 1, "fwd_bwd": 3, "step": 3}
+#: Share of a budget after which no further recipe is prepared.
+_PREPARING = 0.6
+#: Calls whose host time is read.
+_HOST_CALLS = 10
 
 
 class Recipe(Protocol):
@@ -50,6 +56,20 @@ class Recipe(Protocol):
     @property
     def compiled(self) -> bool:
         """Whether torch.compile may be used."""
+
+
+class Built(NamedTuple):
+    """A recipe as functions.
+
+    Attributes:
+        take: takes the next training step; returns the loss.
+        loss: returns the loss of the first draw, with its graph.
+        model: whose gradients they compute.
+    """
+
+    take: Callable[[], Tensor]
+    loss: Callable[[], Tensor]
+    model: nn.Module
 
 
 class LossMismatchError(RuntimeError):
@@ -99,8 +119,12 @@ class StepBench:
         """The model in plain PyTorch, to which every recipe of the same scaling is compared."""
         raise NotImplementedError
 
-    def build(self, recipe: Any) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-        """The recipe as a function that takes the next step, and one that returns the loss of the first draw."""
+    def autocast(self, recipe: Any) -> torch.dtype | None:
+        """The dtype that a recipe computes in here; None: float32."""
+        return self.execution(recipe.compiled).autocast
+
+    def build(self, recipe: Any) -> Built:
+        """The recipe as functions."""
         model = self.model(recipe)
         config = RunConfig(model=model.config, train=self._train(recipe.compiled))
         step = TrainStep(model, create_schedule("vpsde").to(self.device), config, self.execution(recipe.compiled))
@@ -112,7 +136,26 @@ class StepBench:
             count += 1
             return step(count - 1, self.draws[count % len(self.draws)])
 
-        return take, lambda: step.loss_fn(first.x0, first.noise, first.u, first.labels)
+        return Built(take, lambda: step.loss_fn(first.x0, first.noise, first.u, first.labels), model)
+
+    def authors(self, model: nn.Module, recipe: Any) -> Built:
+        """A model in the authors' training step."""
+        step = AuthorsStep(model, self.autocast(recipe), self.execution(recipe.compiled).compiled)
+        first = self.draws[0]
+        count = 0
+
+        def take() -> Tensor:
+            nonlocal count
+            count += 1
+            draw = self.draws[count % len(self.draws)]
+            return step(draw.x0, draw.labels)
+
+        return Built(take, lambda: step.loss(first.x0, first.u, first.noise, first.labels).mean(), model)
+
+    def authors_autocast(self) -> torch.dtype | None:
+        """The dtype of their recipe: fp16 on a GPU, as the published command has it; elsewhere that of ours."""
+        own = self.execution(False).autocast
+        return torch.float16 if own is not None and self.device.type == "cuda" else own
 
     def reference_loss(self, scaling: str) -> float:
         """The first draw's loss of the plain model in float32."""
@@ -132,43 +175,66 @@ class StepBench:
 
 @dataclass
 class Ready:
-    """A recipe that has been built, checked and warmed up."""
+    """A recipe that has been built, checked and warmed up.
 
-    take: Callable[[], Tensor]
+    Attributes:
+        calls: what is timed, by direction.
+        error: relative, of the first loss.
+        peaks: most bytes held during a call above what was held before it, by direction.
+        host: seconds that the host needs to queue a call, by direction; empty where it computes itself.
+    """
+
+    calls: dict[str, Callable[[], object]]
     error: float
-    peak_bytes: int | None
+    peaks: dict[str, int]
+    host: dict[str, float]
 
 
-def prepare(bench: StepBench, name: str, recipe: Recipe) -> Ready:
-    """Build a recipe, check its loss and warm it up.
+def calls_of(built: Built, directions: Sequence[str]) -> dict[str, Callable[[], object]]:
+    """What is timed of a recipe, by direction; no call leaves a gradient behind."""
+
+    def forward() -> None:
+        built.loss()
+
+    def forward_backward() -> None:
+        built.loss().backward()
+        for parameter in built.model.parameters():
+            parameter.grad = None
+
+    known = {"fwd": forward, "fwd_bwd": forward_backward, "step": built.take}
+    return {direction: known[direction] for direction in directions}
+
+
+def prepare(bench: StepBench, name: str, recipe: Recipe, directions: Sequence[str] = ("step",)) -> Ready:
+    """Build a recipe, check its loss, warm it up, and read what a single call shows.
 
     Raises:
         LossMismatchError: its first loss is not that of the plain model in float32.
     """
     device = bench.device
     expected = bench.reference_loss(recipe.scaling)
-    before = 0
     if device.type == "cuda":
-        gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    take, probe = bench.build(recipe)
-    loss = float(probe().detach())
+    built = bench.build(recipe)
+    loss = float(built.loss().detach())
     error = abs(loss - expected) / abs(expected)
     if not error < TOLERANCE:
         raise LossMismatchError(
             f"{name}: with equal weights, images, times and noise its loss is {loss:.8g}, that of the plain model in "
             f"float32 {expected:.8g}; the relative error {error:.2g} is not below {TOLERANCE:g}."
         )
+    ready = Ready(calls_of(built, directions), error, {}, {})
     with warnings.catch_warnings():
         # A training run goes on eagerly where compiling fails; what is measured must be what it is called.
         warnings.filterwarnings("error", message="torch.compile failed")
-        for _ in range(WARM_UP_STEPS):
-            take()
+        for direction, call in ready.calls.items():
+            for _ in range(WARM_UP_STEPS):
+                call()
+            ready.peaks[direction] = peak_bytes(call, device)
+            if device.type == "cuda":
+                ready.host[direction] = host_seconds(call, device, samples=_HOST_CALLS)
     synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
-    return Ready(take, error, peak)
+    return ready
 
 
 @dataclass(frozen=True)
@@ -183,9 +249,8 @@ class Suite:
         batch_size: images a step, of a model on a device.
         recipes: by name, in the order of what is wanted first.
         bench: makes a :class:`StepBench`.
-        flop: of one image's forward and backward.
+        flop: of one image, in a direction of :data:`DIRECTIONS`.
         sources: files whose code a recipe's step runs, relative to the repository.
-        references: names of the fields ``time_over_…`` of a recipe, and the recipes that they set it in relation to.
         fields: what a record says besides.
         table: headings and cells of records.
         able: whether a recipe can be built of a model.
@@ -200,9 +265,8 @@ class Suite:
     batch_size: Callable[[str, torch.device], int]
     recipes: Mapping[str, Any]
     bench: Callable[[Any, torch.device, int, bool], StepBench]
-    flop: Callable[[Any], int]
+    flop: Callable[[Any, str], int]
     sources: Callable[[Any], tuple[str, ...]]
-    references: Callable[[str], Mapping[str, str]]
     fields: Callable[[StepBench, Any], Mapping[str, Any]]
     table: Callable[[Sequence[Mapping[str, Any]]], tuple[list[str], list[list[str]]]]
     able: Callable[[StepBench, Any], bool] = lambda bench, recipe: True
@@ -231,9 +295,11 @@ def measure(
     compiled: bool,
     names: Sequence[str],
     screen: Screen,
+    directions: Sequence[str] = ("step",),
     seconds: float = math.inf,
+    limits: Mapping[str, Any] | None = None,
 ) -> Measured:
-    """Time the recipes of one model, interleaved.
+    """Time the recipes of one model, interleaved within each direction.
 
     Args:
         suite: the benchmark.
@@ -244,7 +310,9 @@ def measure(
         compiled: whether recipes that compile do so.
         names: of the suite's recipes; those that the model cannot have are left out.
         screen: where progress goes.
-        seconds: time after which no further recipe is prepared.
+        directions: of :data:`DIRECTIONS`.
+        seconds: time for all; a part of it is kept for the timing, whose rounds become fewer.
+        limits: the machine's ceilings, where this run has measured them already.
 
     Raises:
         LossMismatchError: a recipe computes another loss.
@@ -254,16 +322,16 @@ def measure(
     recipes = {name: suite.recipes[name] for name in names if suite.able(bench, suite.recipes[name])}
     lists = {name: suite.sources(recipe) for name, recipe in recipes.items()}
     hashes = {sources: environment.source_hash(sources) for sources in lists.values()}
-    limits = environment.ceilings(device)
-    ready: dict[str, Ready] = {}
+    limits = environment.ceilings(device) if limits is None else dict(limits)
+    found: dict[str, Ready] = {}
     faults = []
-    for name, recipe in recipes.items():
+    for name in sorted(recipes, key=lambda name: recipes[name].compiled):  # compiling may take all the time there is
         start = time.perf_counter()
-        if ready and start - begun > seconds:
-            screen.print(f"Time is up; not measured: {name}.")
+        if found and start - begun > _PREPARING * seconds:
+            screen.print(f"Time is up; not measured: {label}, {name}.")
             continue
         try:
-            ready[name] = prepare(bench, name, recipe)
+            found[name] = prepare(bench, name, recipes[name], directions)
         except LossMismatchError:
             raise
         except Exception as error:  # compilers and drivers raise anything; the other recipes are still wanted
@@ -272,50 +340,59 @@ def measure(
             screen.print(faults[-1], style="red")
             continue
         screen.print(f"{label}, {name}: ready after {time.perf_counter() - start:.0f} s")
-    with screen.progress(f"time {label}", rounds * len(ready)) as advance:
-        times = interleave(
-            {name: one.take for name, one in ready.items()},
-            rounds=rounds,
-            steps=steps,
-            wait=lambda: synchronize(device),
-            tick=lambda name: advance(),
-        )
-    flop = suite.flop(config) * batch_size
+    ready = {name: found[name] for name in recipes if name in found}
     records = []
-    for name, one in ready.items():
-        recipe, execution = recipes[name], bench.execution(recipes[name].compiled)
-        dtype = dtype_name(execution.autocast)
-        summary = summarize(times[name])
-        ceiling = limits["matmul_tflop_s"]["bf16" if dtype == "fp16" else dtype]
-        record: dict[str, Any] = {
-            "model": label,
-            "shape": [batch_size, config.in_chans, config.img_size, config.img_size],
-            "dtype": dtype,
-            "direction": "step",
-            "variant": name,
-            "scaling": recipe.scaling,
-            **suite.fields(bench, recipe),
-            "compiled": execution.compiled,
-            "median_us": round(summary.median * 1e6, 1),
-            "p20_us": round(summary.p20 * 1e6, 1),
-            "p80_us": round(summary.p80 * 1e6, 1),
-            "images_per_second": round(batch_size / summary.median, 2),
-            "bytes": None,
-            "flop": flop,
-            "mfu": round(flop / summary.median / 1e12 / ceiling, 4),
-            "peak_mib": None if one.peak_bytes is None else round(one.peak_bytes / 2**20, 1),
-            "rel_error": one.error,
-        }
-        for field, reference in suite.references(name).items():
-            ratio = 1 / round_speed_up(times[reference], times[name]) if reference in times else None
-            record[f"time_over_{field}"] = None if ratio is None else round(ratio, 4)
-        record["sources"] = list(lists[name])
-        record["source_sha256"] = hashes[lists[name]]
-        records.append(record)
+    for number, direction in enumerate(directions):
+        share = DIRECTIONS[direction] / sum(DIRECTIONS[later] for later in directions[number:])
+        now = time.perf_counter()
+        with screen.progress(f"time {label}, {direction}", rounds * len(ready)) as advance:
+            times = interleave(
+                {name: one.calls[direction] for name, one in ready.items()},
+                rounds=rounds,
+                steps=steps,
+                wait=lambda: synchronize(device),
+                tick=lambda name: advance(),
+                deadline=now + share * (begun + seconds - now),
+            )
+        flop = suite.flop(config, direction) * batch_size
+        for name, one in ready.items():
+            recipe = recipes[name]
+            dtype = dtype_name(bench.autocast(recipe))
+            summary = summarize(times[name])
+            ceiling = limits["matmul_tflop_s"]["bf16" if dtype == "fp16" else dtype]
+            host = one.host.get(direction)
+            record: dict[str, Any] = {
+                "model": label,
+                "shape": [batch_size, config.in_chans, config.img_size, config.img_size],
+                "dtype": dtype,
+                "direction": direction,
+                "variant": name,
+                "scaling": recipe.scaling,
+                **suite.fields(bench, recipe),
+                "compiled": bench.execution(recipe.compiled).compiled,
+                "rounds": len(times[name]),
+                "median_us": round(summary.median * 1e6, 1),
+                "p20_us": round(summary.p20 * 1e6, 1),
+                "p80_us": round(summary.p80 * 1e6, 1),
+                "images_per_second": round(batch_size / summary.median, 2),
+                "bytes": None,
+                "flop": flop,
+                "mfu": round(flop / summary.median / 1e12 / ceiling, 4),
+                "peak_mib": round(one.peaks[direction] / 2**20, 1),
+                "host_us": None if host is None else round(host * 1e6, 1),
+                "rel_error": one.error,
+            }
+            for field, reference in references(name).items():
+                ratio = 1 / round_speed_up(times[reference], times[name]) if reference in times else None
+                record[f"time_over_{field}"] = None if ratio is None else round(ratio, 4)
+            record["sources"] = list(lists[name])
+            record["source_sha256"] = hashes[lists[name]]
+            records.append(record)
     return Measured(records, limits, faults)
 
 
-def _identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
+def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a run of the benchmark replaces: all recipes and directions of a model and batch."""
     return record["model"], tuple(record["shape"])
 
 
@@ -331,99 +408,6 @@ def kept_records(path: Path, where: Mapping[str, Any], settings: Mapping[str, An
         return old["records"] if same else []
     except (OSError, ValueError, KeyError, TypeError):
         return []  # missing or of another shape: it is written anew
-
-
-def run(
-    suite: Suite,
-    args: Sequence[str],
-    *,
-    models: Mapping[str, ModelConfig] | None = None,
-    names: Sequence[str] | None = None,
-) -> int:
-    """Run the command of a suite; returns the exit code. The keywords shrink the benchmark for tests."""
-    options = _parser(suite).parse_args(args)
-    check_range("--rounds", options.rounds, low=1, integer=True)
-    device = resolve_execution(TrainConfig(device=options.device, compile="off")).device
-    gpu = device.type == "cuda"
-    steps = (5 if gpu else 1) if options.steps is None else options.steps
-    check_range("--steps", steps, low=1, integer=True)
-    if options.batch_size is not None:
-        check_range("--batch-size", options.batch_size, low=1, integer=True)
-    models = dict(models or suite.models(device))
-    for label in options.model or ():
-        if label not in models:
-            if label in suite.presets:
-                raise invalid("--model", label, f"{', '.join(models)} on this device")
-            raise unknown_name("--model", label, models)
-    chosen = {label: config for label, config in models.items() if label in (options.model or models)}
-    for name in options.recipe or ():
-        if name not in suite.recipes:
-            raise unknown_name("--recipe", name, suite.recipes)
-    wanted = options.recipe or names or suite.recipes
-    screen = Screen(width=None if sys.stdout.isatty() else 160)
-    where = environment.describe(device)
-    path = options.out or environment.RESULTS / where["machine"] / f"{suite.command}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"rounds": options.rounds, "steps_per_round": steps, "warm_up_steps": WARM_UP_STEPS}
-    records = kept_records(path, where, settings)
-    faults: list[str] = []
-    for label, config in chosen.items():
-        batch_size = suite.batch_size(label, device) if options.batch_size is None else options.batch_size
-        label, config = suite.adjusted(label, config, options)
-        try:
-            new = measure(
-                suite,
-                label,
-                config,
-                device,
-                batch_size=batch_size,
-                rounds=options.rounds,
-                steps=steps,
-                compiled=gpu if options.compile is None else options.compile,
-                names=[name for name in suite.recipes if name in wanted],
-                screen=screen,
-                seconds=options.seconds,
-            )
-        except LossMismatchError as error:
-            screen.print(f"benchmarks: error: {label}: {error}", style="red")
-            return 1
-        faults += new.faults
-        if not new.records:
-            continue
-        identity = _identity(new.records[0])
-        records = [record for record in records if _identity(record) != identity] + new.records
-        write_json(path, {"environment": where, "settings": settings, "ceilings": new.limits, "records": records})
-        headings, rows = suite.table(new.records)
-        screen.table("Training step", headings, rows, text_columns=2)
-    for fault in faults:
-        screen.print(f"benchmarks: error: {fault}", style="red")
-    screen.print(f"Written to {path}.")
-    return 1 if faults else 0
-
-
-def _parser(suite: Suite) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {suite.command}", description=suite.description)
-    parser.add_argument(
-        "--model", action="append", help=f"may be repeated; of {', '.join(suite.presets)} (default: all)"
-    )
-    parser.add_argument(
-        "--recipe", action="append", help=f"may be repeated; of {', '.join(suite.recipes)} (default: all)"
-    )
-    parser.add_argument("--device", default="auto", help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--rounds", type=int, default=8, help="visits of each recipe (default: 8)")
-    parser.add_argument("--steps", type=int, help="timed steps of a visit (default: 5 on a GPU, 1 on a CPU)")
-    sizes = {kind: {suite.batch_size(label, torch.device(kind)) for label in suite.presets} for kind in ("cuda", "cpu")}
-    on_gpu, on_cpu = (" or ".join(map(str, sorted(sizes[kind]))) for kind in ("cuda", "cpu"))
-    parser.add_argument("--batch-size", type=int, help=f"images a step (default: {on_gpu} on a GPU, {on_cpu} on a CPU)")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only, as it takes minutes"
-    )
-    parser.add_argument("--seconds", type=float, default=math.inf, help="prepare no further recipe after this time")
-    parser.add_argument(
-        "--out", type=Path, help=f"result file (default: benchmarks/results/<machine>/{suite.command}.json)"
-    )
-    suite.add_options(parser)
-    return parser
 
 
 def preset_models(presets: Mapping[str, str], device: torch.device, reduced: Mapping[str, ModelConfig]):

@@ -82,6 +82,7 @@ def measure_case(
     rounds: int,
     visit_seconds: float | None = None,
     without: Sequence[str] = (),
+    variants_of: Callable[..., list[Variant]] = variants,
 ) -> list[Outcome]:
     """Check and time every variant of a case in every direction.
 
@@ -91,11 +92,13 @@ def measure_case(
         rounds: visits of each variant.
         visit_seconds: length of a visit; None: what suits the device.
         without: names of variants to leave out.
+        variants_of: what is timed, from case, device and arguments; the case needs no more than it and
+            :mod:`benchmarks.op_timing` ask for.
     """
     torch.compiler.reset()  # one function's compiled forms are limited in number
     with no_interpreter(), kept_graphs(), working_stream(device):
         examples = argument_sets(case, device)
-        found = [v for v in variants(case, device, examples[0]) if v.name not in without]
+        found = [v for v in variants_of(case, device, examples[0]) if v.name not in without]
         outcomes = [Outcome(variant, note=_obstacle(variant, device)) for variant in found]
         _check(case, examples[0], outcomes)
         for outcome in outcomes:

@@ -19,14 +19,17 @@ _WORDS = (
     r"(?:seconds?|minutes?|hours?|times?))\b"
 )
 #: 64×64 and 1×1 are sizes; 2.3× and 2.3 × the time are factors, and so is × 2.3.
-_FIGURE = re.compile(
-    rf"{_NUMBER}[ \u00a0\u202f-]?(?:{_UNITS})(?![\w/])"
-    rf"|{_NUMBER} ?×(?! ?(?:[\d(]|[A-Z]\b))"
-    r"|(?<![\dA-Z)])(?<![\dA-Z)] )× ?\d(?:[\d.,]*\d)?"
-    rf"|(?i:{_WORDS})"
+_FACTOR = rf"{_NUMBER} ?×(?! ?(?:[\d(]|[A-Z]\b))|(?<![\dA-Z)])(?<![\dA-Z)] )× ?\d(?:[\d.,]*\d)?"
+_FIGURE = re.compile(rf"{_NUMBER}[ \u00a0\u202f-]?(?:{_UNITS})(?![\w/])|{_FACTOR}|(?i:{_WORDS})")
+#: Of these what a page of docs/ needs a source for: rates, factors and short times. Its percentages, sizes, multiples
+#: and waits are limits, defaults and definitions far more often than measurements.
+_SPEED = re.compile(
+    rf"{_NUMBER}[ \u00a0\u202f-]?(?:[µmn]s|(?:steps|images?|samples?|tokens?|[KMGT]i?B|[MGTP]FLOP)/s|[MGTP]FLOPs"
+    rf"|times (?:as|faster|slower)|-?fold|faster|slower)(?![\w/])|{_FACTOR}"
 )
-#: Sources that are no file: what is aimed at, what the paper says, what somebody once timed and no file holds.
-KINDS = ("goal", "paper", "by hand")
+#: Sources that are no file: what is aimed at, what the paper says, what a page supposes and says so, what somebody once
+#: timed and no file holds.
+KINDS = ("goal", "paper", "assumption", "by hand")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,22 @@ class Claim:
 CLAIMS = {
     "README.md": (
         Claim("The goal for this step is 2.3 times the authors' recipe in fp32", "goal: the step against the recipe"),
-    )
+    ),
+    "reproduction.md": (
+        Claim("The abstract has about 1.5× training acceleration", "paper: abstract"),
+        Claim("95 % bands over seeds that do not overlap", "scalelong_fast/analysis/statistics.py: CONFIDENCE"),
+        Claim("the 95 % band of the differences seed by seed", "scalelong_fast/analysis/statistics.py: CONFIDENCE"),
+    ),
+}
+
+
+#: The same for the speeds on other pages, those of docs/.
+SPEED_CLAIMS = {
+    "data.md": (
+        Claim("decoding and cropping an ImageNet JPEG takes 5 to 10 ms of a core", "assumption: the page says so"),
+        Claim("at 100 images/s on a GPU", "assumption: the page says so"),
+        Claim("the share of a step of 5,000 images/s", "benchmarks/loader.py: --rate"),
+    ),
 }
 
 
@@ -55,16 +73,19 @@ def prose(text: str) -> str:
     return " ".join(_CODE.sub(" ", _GENERATED.sub(" ", text)).split())
 
 
-def figures(text: str) -> list[tuple[int, int]]:
-    """Where in the :func:`prose` of a page the figures are: numbers with a unit, factors and percentages."""
-    return [match.span() for match in _FIGURE.finditer(text)]
+def figures(text: str, speeds: bool = False) -> list[tuple[int, int]]:
+    """Where in the :func:`prose` of a page the figures are: numbers with a unit, factors and percentages.
+
+    ``speeds``: rates, factors and times of less than a second alone.
+    """
+    return [match.span() for match in (_SPEED if speeds else _FIGURE).finditer(text)]
 
 
 def unsourced(page: str, text: str, claims: tuple[Claim, ...] | None = None, root: Path = ROOT) -> list[str]:
     """What is wrong with the figures of a page.
 
     Args:
-        page: name of the page, a key of :data:`CLAIMS`; figures of other pages are not looked at.
+        page: name of the page, a key of :data:`CLAIMS`; of other pages the speeds alone are looked at.
         text: its Markdown.
         claims: what it may say, instead of :data:`CLAIMS`.
         root: the repository.
@@ -73,10 +94,9 @@ def unsourced(page: str, text: str, claims: tuple[Claim, ...] | None = None, roo
         A line for each figure outside the generated tables that no claim covers, each claim that the page does not
         make, and each claim whose source is none.
     """
+    speeds = claims is None and page not in CLAIMS
     if claims is None:
-        if page not in CLAIMS:
-            return []
-        claims = CLAIMS[page]
+        claims = CLAIMS.get(page, SPEED_CLAIMS.get(page, ()))
     words = prose(text)
     covered, faults = [], []
     for claim in claims:
@@ -89,11 +109,11 @@ def unsourced(page: str, text: str, claims: tuple[Claim, ...] | None = None, roo
             faults.append(
                 f"The claim {claim.text!r} rests on {kind!r}, which is no file here and none of {', '.join(KINDS)}."
             )
-    for start, end in figures(words):
+    for start, end in figures(words, speeds):
         if not any(first <= start and end <= last for first, last in covered):
             around = words[max(0, start - 40) : end + 40]
             faults.append(
                 f"{page}: '{words[start:end]}' in '… {around} …' has no source. Show it in a generated table, or name "
-                "its source in CLAIMS of benchmarks/prose.py."
+                f"its source in {'SPEED_CLAIMS' if speeds else 'CLAIMS'} of benchmarks/prose.py."
             )
     return faults

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS, ROOT, source_hash
-from benchmarks.report_aot import aot_table, read_targets
+from benchmarks.report_aot import aot_table, factors_table, read_targets
+from benchmarks.report_attention import attention_table
+from benchmarks.report_convergence import convergence_table
+from benchmarks.report_curves import curves_table
 from benchmarks.report_inference import inference_table
 from benchmarks.report_loader import loader_table
+from benchmarks.report_models import models_table
 from benchmarks.report_ops import draw_all, gpu_note, losses_table, ops_table
 from benchmarks.report_plan import plan_table
 from benchmarks.report_plots import draw_plots
 from benchmarks.report_scaling import scaling_table
 from benchmarks.report_traffic import traffic_table
-from benchmarks.report_unet import decoder_model_note, decoder_table, unet_table
-from benchmarks.report_uvit import uvit_table
+from benchmarks.report_unet import decoder_model_note, decoder_table
 from scalelong_fast.errors import UserError, invalid, unknown_name
 
 #: Where tables are shown.
@@ -77,6 +80,7 @@ def step_table(result: dict[str, Any], root: Path = ROOT) -> list[str]:
             f"{record['median_us'] / 1e3:.4g}",
             f"{record['p20_us'] / 1e3:.4g} – {record['p80_us'] / 1e3:.4g}",
             f"{record['images_per_second']:.4g}",
+            "–" if record.get("mfu") is None else f"{record['mfu']:.1%}",
             ratio(record, "authors_fp32"),
             ratio(record, "authors_bf16"),
             f"{record['rel_error']:.1e}",
@@ -89,6 +93,7 @@ def step_table(result: dict[str, Any], root: Path = ROOT) -> list[str]:
         "median ms",
         "p20 – p80 ms",
         "images/s",
+        "MFU",
         "speed-up over authors fp32",
         "over authors bf16",
         "loss error",
@@ -99,7 +104,8 @@ def step_table(result: dict[str, Any], root: Path = ROOT) -> list[str]:
     notes = [
         f"{first['model']}, batch {size}; {settings['rounds']} interleaved rounds of {settings['steps_per_round']} "
         "steps. Speed-up: ratio of medians (median of the rounds' ratios). Loss error: relative, of the first loss "
-        "against the authors' recipe in fp32 from equal weights, images, times and noise."
+        "against the authors' recipe in fp32 from equal weights, images, times and noise. MFU: FLOP of forward and "
+        "backward over the time, as a share of the matrix product measured in the same run."
     ]
     tax = next((r["round_ratio_to_ours_none"] for r in result["records"] if r["variant"] == "ours"), None)
     if tax is not None:
@@ -172,17 +178,21 @@ TABLES: dict[str, Callable[[dict[str, Any], Path], list[str]]] = {
     "scaling": scaling_table,
     "ops": ops_table,
     "where_we_lose": losses_table,
-    "uvit": uvit_table,
+    "uvit": models_table,
     "decoder": decoder_table,
-    "unet": unet_table,
+    "unet": models_table,
+    "curves": curves_table,
+    "convergence": convergence_table,
+    "attention": attention_table,
     "inference": inference_table,
     "traffic": traffic_table,
     "aot": aot_table,
+    "aot_factors": factors_table,
     "plan": plan_table,
 }
 
 #: Result files of tables that are not named like theirs.
-FILES = {"where_we_lose": "ops", "decoder": "ops"}
+FILES = {"where_we_lose": "ops", "decoder": "ops", "aot_factors": "aot"}
 
 #: What to say of all machines' results together, by table.
 NOTES: dict[str, Callable[[list[dict[str, Any]]], str | None]] = {
@@ -203,7 +213,8 @@ def render(name: str, results: Path = RESULTS, root: Path = ROOT) -> str:
         raise unknown_name("benchmark", name, TABLES)
     parts, found = [], []
     # Compiled code belongs to no machine: one table of a folder of files.
-    for path in sorted(results.glob("aot" if name == "aot" else f"*/{FILES.get(name, name)}.json")):
+    file = FILES.get(name, name)
+    for path in sorted(results.glob("aot" if file == "aot" else f"*/{file}.json")):
         try:
             found.append(read_targets(path) if path.is_dir() else json.loads(path.read_text(encoding="utf-8")))
             lines = TABLES[name](found[-1], root)
@@ -246,7 +257,12 @@ def main(args: Sequence[str], *, pages: Sequence[Path] = PAGES, results: Path = 
     )
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page would change")
     parser.add_argument("--html", type=Path, metavar="OUT", help="only write one page with all results and pictures")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="with --html: result files of another folder")
     options = parser.parse_args(args)
+    if options.results is not None:
+        if options.html is None:
+            raise invalid("--results", str(options.results), "--html beside it", "README.md has its own results.")
+        results = options.results
     if options.html is not None:
         return _write_page(options.html, results, root)
     old = {page: page.read_text(encoding="utf-8") for page in pages}

@@ -1,10 +1,11 @@
-"""The README's table of the compiled kernels, from ``results/aot/*.json``."""
+"""The README's tables of the compiled kernels, from ``results/aot/*.json``."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compiled_traffic import EXPLAINED
 from benchmarks.gpu_code import TARGETS
 
 #: What stands for a kernel: the first of these dtypes that it is compiled for.
@@ -67,3 +68,47 @@ def aot_table(by_target: dict[str, dict[str, Any]], root: Path) -> list[str]:
         f"{verdict}. {', '.join(versions)}; {' to '.join(sorted({dates[0], dates[-1]}))}."
     )
     return [*markdown(["kernel", *records], rows), "", note]
+
+
+#: Columns of :func:`factors_table`.
+_FACTORS = {
+    "tile_loads": "tiles loaded",
+    "tile_stores": "tiles stored",
+    "vector_loads": "vectors loaded",
+    "vector_stores": "vectors stored",
+    "ahead": "tiles ahead of the loop",
+}
+
+
+def factors_table(by_target: dict[str, dict[str, Any]], root: Path) -> list[str]:
+    """Markdown of all targets: for each kernel how much more its compiled code moves than its source says."""
+    from benchmarks.report import STALE, is_stale, markdown
+
+    everything = [record for result in by_target.values() for record in result["records"] if "factors" in record]
+    if not everything:
+        return []
+    stale = {record["kernel"] for record in everything if is_stale(record, root)}
+
+    def worst(kernel: str, what: str) -> str:
+        own = [record["factors"][what] for record in everything if record["kernel"] == kernel]
+        own = [value for value in own if value is not None]
+        return f"{max(own):g}" if own else "–"
+
+    rows = [
+        [kernel + STALE * (kernel in stale), *(worst(kernel, what) for what in _FACTORS)]
+        for kernel in dict.fromkeys(record["kernel"] for record in everything)
+    ]
+    seen = {(record["kernel"], record["target"]) for record in everything}
+    why = "; ".join(
+        f"{kernel} on {target}: {reason}"
+        for (kernel, target), (_, reason) in EXPLAINED.items()
+        if (kernel, target) in seen
+    )
+    note = (
+        "Bytes that compiled loads and stores move in a trip of their loop, over those of the tensor that the source "
+        "moves there: the largest of all combinations of target, dtype, constants and launch configuration. Masks are "
+        "ignored. 1: each element once. Vectors are what a row, a channel or a sample has one number of: several "
+        "threads hold the same one, and ask the cache for it. Ahead: tiles that a pipeline loads before its loop "
+        "begins, which the loop leaves out at its end."
+    )
+    return [*markdown(["kernel", *_FACTORS.values()], rows), "", note + (f" Above 1: {why}." if why else "")]

@@ -8,6 +8,7 @@ from typing import Any
 def inference_rows(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of a table of records."""
     headings = ["model", "recipe", "sampler", "batch", "ms", "p20 – p80", "images/s", "time / eager", "/ no scaling"]
+    headings += ["peak MiB", "noise error"]
     rows = [
         [
             record["model"],
@@ -19,11 +20,12 @@ def inference_rows(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], lis
             f"{record['images_per_second']:.4g}",
             f"{record['time_over_eager']:.3f}",
             f"{record['time_over_no_scaling']:.3f}",
+            f"{record['peak_mib']:.4g}",
             f"{record['rel_error']:.1e}",
         ]
         for record in records
     ]
-    return [*headings, "noise error"], rows
+    return headings, rows
 
 
 def inference_table(result: Mapping[str, Any], root: Path) -> list[str]:
@@ -34,10 +36,13 @@ def inference_table(result: Mapping[str, Any], root: Path) -> list[str]:
     headings, rows = inference_rows(records)
     for row, record in zip(rows, records, strict=True):
         row[1] += STALE * is_stale(record, root)
+    rounds = [record["rounds"] for record in records]
+    spread = str(max(rounds)) if min(rounds) == max(rounds) else f"{min(rounds)} to {max(rounds)}"
     note = (
-        f"{result['settings']['rounds']} interleaved rounds, a visit is a whole sampling; at batch 1 the time is the "
+        f"{spread} interleaved rounds, a visit is a whole sampling; at batch 1 the time is the "
         "latency. A ratio is the median of the rounds' own (below 1: faster). Eager: the plain model with the same "
-        "scaling; no scaling: the same recipe without. Noise error: of one prediction, relative, against the plain "
+        "scaling; no scaling: the same recipe without. Peak: what one call of the network "
+        "holds above the weights. Noise error: of one prediction, relative, against the plain "
         "model in fp32 from equal weights."
     )
     return [*markdown(headings, rows), "", note, "", conditions(result)]

@@ -1,4 +1,4 @@
-"""Pictures of ``python -m benchmarks report`` besides the bars of the ops: roofline and peak memory."""
+"""Pictures of ``python -m benchmarks report`` besides the bars of the ops: roofline, peak memory, curves."""
 
 import json
 import re
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report_convergence, report_curves
 from benchmarks.report_ops import groups
 
 #: Variants that pictures show, in the order of the legend, and their colours.
@@ -56,11 +57,11 @@ def op_memory(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
 
 
 def step_memory(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Peak MiB of training steps, by model and recipe; empty for a CPU, where it is not recorded."""
+    """Peak MiB of whole training steps, by model and recipe, where it was recorded."""
     return {
         f"{record['model']}, {record['variant']}": {"peak": record["peak_mib"]}
         for record in records
-        if record["peak_mib"] is not None
+        if record["direction"] == "step" and record["peak_mib"] is not None
     }
 
 
@@ -99,7 +100,7 @@ def draw_roofline(result: Mapping[str, Any], path: Path) -> None:
     bandwidth.set_xlabel("GB/s: bytes that must move / time, forward + backward")
     if bars:
         bandwidth.legend(fontsize=7, loc="lower right")
-    _save(figure, result, path)
+    save(figure, result, path)
 
 
 def _draw_roof(axes: Any, points: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> None:
@@ -145,7 +146,7 @@ def draw_memory(bars: Mapping[str, Mapping[str, float]], result: Mapping[str, An
     axes.set_xlabel("peak MiB, above what is there before")
     if any(len(row) > 1 for row in bars.values()):
         axes.legend(fontsize=7, loc="lower right")
-    _save(figure, result, path)
+    save(figure, result, path)
 
 
 def _draw_bars(axes: Any, bars: Mapping[str, Mapping[str, float]], form: str) -> None:
@@ -162,7 +163,8 @@ def _draw_bars(axes: Any, bars: Mapping[str, Mapping[str, float]], form: str) ->
     axes.margins(x=0.08)
 
 
-def _save(figure: Any, result: Mapping[str, Any], path: Path) -> None:
+def save(figure: Any, result: Mapping[str, Any], path: Path) -> None:
+    """Write a figure, headed by machine, version and date of a result, and close it."""
     from matplotlib import pyplot
 
     where = result["environment"]
@@ -189,11 +191,19 @@ def pictures(results: Path) -> dict[str, Callable[[Path], None]]:
             if bars:
                 name = picture_path(f"memory-{command}", result)
                 found[name] = lambda path, b=bars, result=result: draw_memory(b, result, path)
+    for file in sorted(results.glob("*/convergence.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        found[picture_path("convergence", result)] = lambda path, r=result: report_convergence.draw_convergence(r, path)
+    for file in sorted(results.glob("*/curves.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        for label in dict.fromkeys(record["model"] for record in result["records"]):
+            name = report_curves.picture_path(result, label)
+            found[name] = lambda path, label=label, result=result: report_curves.draw_curves(result, label, path)
     return found
 
 
 def draw_plots(results: Path, root: Path) -> list[str]:
-    """Draw roofline and memory of every machine; returns lines about what was not drawn."""
+    """Draw roofline, memory and curves of every machine; returns lines about what was not drawn."""
     wanted = pictures(results)
     if not wanted:
         return []

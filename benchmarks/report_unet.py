@@ -1,4 +1,4 @@
-"""The UNets' part of ``python -m benchmarks report``: all decoder concats of a model, and its training steps."""
+"""The UNets' part of ``python -m benchmarks report``: all decoder concats of a model together, from ``ops.json``."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -116,59 +116,3 @@ def decoder_model_note(results: Sequence[Mapping[str, Any]]) -> str:
         is_modelled(row["model"]) for result in results if is_gpu(result) for row in decoder_sums(result["records"])
     )
     return "\n".join([*markdown(headings, rows), "", note, *([] if gpu else ["", NO_GPU])])
-
-
-def unet_rows(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of a table of records of training steps."""
-    headings = ["model", "recipe", "ms", "p20 – p80", "images/s", "MFU", "peak MiB (/ eager)", "× eager", "× compile"]
-    headings += ["time / no scaling", "/ compile_none", "loss error"]
-
-    def number(value: float | None, form: str) -> str:
-        return "–" if value is None else format(value, form)
-
-    peaks = {(record["model"], record["variant"]): record["peak_mib"] for record in records}
-    rows = []
-    for record in records:
-        peak, eager = record["peak_mib"], peaks.get((record["model"], f"eager_{record['scaling']}"))
-        relative = "" if peak is None or eager is None else f" ({peak / eager:.2f})"
-        rows.append(
-            [
-                record["model"],
-                record["variant"] + (" (compiled)" if record["compiled"] else ""),
-                f"{record['median_us'] / 1e3:.4g}",
-                f"{record['p20_us'] / 1e3:.4g} – {record['p80_us'] / 1e3:.4g}",
-                f"{record['images_per_second']:.4g}",
-                f"{record['mfu']:.1%}",
-                number(peak, ".0f") + relative,
-                *(
-                    number(None if record[f"time_over_{name}"] is None else 1 / record[f"time_over_{name}"], ".2f")
-                    for name in ("eager", "compile")
-                ),
-                number(record["time_over_no_scaling"], ".3f"),
-                number(record["time_over_compile_none"], ".3f"),
-                f"{record['rel_error']:.1e}",
-            ]
-        )
-    return headings, rows
-
-
-def unet_table(result: Mapping[str, Any], root: Path) -> list[str]:
-    """Markdown of ``unet.json``."""
-    from benchmarks.report import STALE, conditions, is_stale, markdown
-
-    records = result["records"]
-    headings, rows = unet_rows(records)
-    for row, record in zip(rows, records, strict=True):
-        row[1] += STALE * is_stale(record, root)
-    settings = result["settings"]
-    batches = ", ".join(
-        f"{size} ({model})" for model, size in {record["model"]: record["shape"][0] for record in records}.items()
-    )
-    note = (
-        f"{settings['rounds']} interleaved rounds of {settings['steps_per_round']} steps, batch {batches}. A ratio is "
-        "the median of the rounds' own. eager: the plain model, contiguous; compile: the same in channels_last, under "
-        "torch.compile where the row says so; ours: fused, channels_last. × eager, × compile: how many times faster "
-        "than these with the same scaling. No scaling: the same recipe without. Dropout 0 everywhere. Loss error: "
-        "relative, of the first loss against the plain model in fp32."
-    )
-    return [*markdown(headings, rows), "", note, "", conditions(result)]

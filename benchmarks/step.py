@@ -1,6 +1,7 @@
 """``python -m benchmarks step``: a whole training step, ours against the authors' recipe, in one process."""
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 
 from benchmarks import environment
 from benchmarks.screen import Screen
-from benchmarks.timing import interleave, round_speed_up, speed_up, summarize, synchronize
+from benchmarks.timing import check_seconds, interleave, round_speed_up, speed_up, summarize, synchronize
+from benchmarks.uvit import training_flop
 from benchmarks.variants import HASHES, MODEL, VARIANTS, Variant, Workbench
 from scalelong_fast.errors import check_range, unknown_name
 from scalelong_fast.models import UViTConfig
@@ -25,6 +27,8 @@ REFERENCES = ("authors_fp32", "authors_bf16", "ours_none")
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 
 WARM_UP_STEPS = 3
+#: Share of a budget of time after which no further variant is built.
+_PREPARING = 0.6
 
 
 class LossMismatchError(RuntimeError):
@@ -56,6 +60,7 @@ def measure(
     batch_size: int = 32,
     names: Sequence[str] = tuple(VARIANTS),
     screen: Screen | None = None,
+    seconds: float = math.inf,
 ) -> dict[str, Any]:
     """Time the variants interleaved.
 
@@ -67,6 +72,7 @@ def measure(
         batch_size: images a step.
         names: of :data:`~benchmarks.variants.VARIANTS`.
         screen: where progress goes.
+        seconds: time after which no further variant is built, but for the first, and no further round begun.
 
     Returns:
         Environment, ceilings and a record for each variant, JSON-ready. ``ratio_to_<reference>`` is the reference's
@@ -83,6 +89,8 @@ def measure(
             raise unknown_name("variant", name, VARIANTS)
     check_range("--rounds", rounds, low=1, integer=True)
     check_range("--steps", steps, low=1, integer=True)
+    check_seconds(seconds)
+    begun = time.perf_counter()
     bench = Workbench(device, model, batch_size)
     for note in bench.execution().notes:
         screen.print(note)
@@ -92,6 +100,10 @@ def measure(
     with screen.progress("build, compile, warm up", len(names)) as advance:
         for name in names:
             start = time.perf_counter()
+            if variants and start - begun > _PREPARING * seconds:
+                screen.print(f"Time is up; not measured: {name}.")
+                advance()
+                continue
             variant = VARIANTS[name](bench)
             errors[name] = relative_error(name, variant, bench.probe(variant), bench.reference_loss(variant.scaling))
             for _ in range(WARM_UP_STEPS):
@@ -108,21 +120,34 @@ def measure(
             steps=steps,
             wait=lambda: synchronize(device),
             tick=lambda name: advance(),
+            deadline=begun + seconds,
         )
     shape = [batch_size, model.in_chans, model.img_size, model.img_size]
     label = f"U-ViT/{model.patch_size}, D {model.embed_dim}, depth {model.depth}"
+    flop = training_flop(model) * batch_size
     return {
         "environment": environment.describe(device),
         "settings": {"rounds": rounds, "steps_per_round": steps, "warm_up_steps": WARM_UP_STEPS},
         "ceilings": limits,
-        "records": [_record(name, variant, times, errors[name], label, shape) for name, variant in variants.items()],
+        "records": [
+            _record(name, variant, times, errors[name], label, shape, flop, limits)
+            for name, variant in variants.items()
+        ],
     }
 
 
 def _record(
-    name: str, variant: Variant, times: dict[str, list[float]], error: float, model: str, shape: list[int]
+    name: str,
+    variant: Variant,
+    times: dict[str, list[float]],
+    error: float,
+    model: str,
+    shape: list[int],
+    flop: int,
+    limits: dict[str, Any],
 ) -> dict[str, Any]:
     summary = summarize(times[name])
+    ceiling = limits["matmul_tflop_s"]["bf16" if variant.dtype == "fp16" else variant.dtype]
     record: dict[str, Any] = {
         "model": model,
         "shape": shape,
@@ -135,6 +160,9 @@ def _record(
         "p20_us": round(summary.p20 * 1e6, 1),
         "p80_us": round(summary.p80 * 1e6, 1),
         "images_per_second": round(shape[0] / summary.median, 2),
+        "rounds": len(times[name]),
+        "flop": flop,
+        "mfu": round(flop / summary.median / 1e12 / ceiling, 4),
         "rel_error": error,
     }
     for reference in REFERENCES:
@@ -153,7 +181,17 @@ def show(result: dict[str, Any], screen: Screen) -> None:
     title = (
         f"Training step, {first['model']}, batch {first['shape'][0]}, {where['machine']}, {where['threads']} threads"
     )
-    headings = ("variant", "dtype", "ms", "p20 … p80", "images/s", "× authors fp32", "× authors bf16", "loss error")
+    headings = (
+        "variant",
+        "dtype",
+        "ms",
+        "p20 … p80",
+        "images/s",
+        "MFU",
+        "× authors fp32",
+        "× authors bf16",
+        "loss error",
+    )
     rows = []
     for record in result["records"]:
         ratios = [record[f"ratio_to_{name}"] for name in ("authors_fp32", "authors_bf16")]
@@ -164,6 +202,7 @@ def show(result: dict[str, Any], screen: Screen) -> None:
                 f"{record['median_us'] / 1e3:.1f}",
                 f"{record['p20_us'] / 1e3:.1f} … {record['p80_us'] / 1e3:.1f}",
                 f"{record['images_per_second']:.1f}",
+                f"{record['mfu']:.1%}",
                 *("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
                 f"{record['rel_error']:.1e}",
             ]
@@ -184,8 +223,10 @@ def main(
         description="Time whole training steps (forward, backward, AdamW, EMA), all variants interleaved in this "
         "process. Run it with nothing else on the machine.",
     )
+    parser.add_argument("--variant", action="append", help=f"may be repeated; of {', '.join(VARIANTS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=12, help="visits of each variant (default: 12)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a visit (default: 3; on a GPU take 50)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end after about this time, with fewer rounds")
     parser.add_argument("--device", default="auto", help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...")
     parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/<machine>/step.json)")
     options = parser.parse_args(args)
@@ -198,8 +239,9 @@ def main(
             steps=options.steps,
             model=model,
             batch_size=batch_size,
-            names=names,
+            names=options.variant or names,
             screen=screen,
+            seconds=options.seconds,
         )
     except LossMismatchError as error:
         screen.print(f"benchmarks: error: {error}", style="red")

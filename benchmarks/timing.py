@@ -1,6 +1,7 @@
 """Interleaved timing: every variant is measured in every round, so that a drifting machine hits all alike."""
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from scalelong_fast.errors import invalid
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def check_seconds(seconds: float) -> None:
+    """Refuse a budget of time that is none; infinite means that there is none to keep to."""
+    if not seconds >= 0:
+        raise invalid("--seconds", seconds, "a number >= 0")
+
+
 def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
     """A function that makes a call and returns the seconds it took: by events on a GPU, else by the host's clock."""
 
@@ -61,8 +70,16 @@ def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
     return on_gpu if device.type == "cuda" else on_host
 
 
+#: Rounds that are made whatever the time: fewer say nothing about the spread.
+MIN_ROUNDS = 3
+
+
 def rotate(
-    visits: Mapping[str, Callable[[], float]], *, rounds: int, tick: Callable[[str], None] = lambda name: None
+    visits: Mapping[str, Callable[[], float]],
+    *,
+    rounds: int,
+    tick: Callable[[str], None] = lambda name: None,
+    deadline: float = math.inf,
 ) -> dict[str, list[float]]:
     """Make visits round-robin.
 
@@ -72,6 +89,7 @@ def rotate(
         visits: by name; each returns the seconds of a call.
         rounds: visits of each variant.
         tick: told the name of the variant after each visit.
+        deadline: reading of ``time.perf_counter`` after which no round begins, but for the first :data:`MIN_ROUNDS`.
 
     Returns:
         What the visits returned, by name: one number for each round.
@@ -79,6 +97,8 @@ def rotate(
     names = list(visits)
     times: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds if names else 0):
+        if index >= MIN_ROUNDS and time.perf_counter() > deadline:
+            break
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
             times[name].append(visits[name]())
@@ -94,6 +114,7 @@ def interleave(
     wait: Callable[[], None] = lambda: None,
     tick: Callable[[str], None] = lambda name: None,
     clock: Callable[[], float] = time.perf_counter,
+    deadline: float = math.inf,
 ) -> dict[str, list[float]]:
     """Time callables round-robin.
 
@@ -106,6 +127,7 @@ def interleave(
         wait: blocks until queued work is done; called before each reading of the clock.
         tick: told the name of the variant after each visit.
         clock: seconds, monotonic.
+        deadline: as for :func:`rotate`.
 
     Returns:
         Seconds per step by name: one number, a visit's mean, for each round.
@@ -120,4 +142,5 @@ def interleave(
         wait()
         return (clock() - start) / steps
 
-    return rotate({name: functools.partial(visit, step) for name, step in variants.items()}, rounds=rounds, tick=tick)
+    visits = {name: functools.partial(visit, step) for name, step in variants.items()}
+    return rotate(visits, rounds=rounds, tick=tick, deadline=deadline)

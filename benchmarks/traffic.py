@@ -4,13 +4,14 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import environment
+from benchmarks.compiled_traffic import worst_factors
 from benchmarks.floors import DIRECTIONS, total_bytes
 from benchmarks.op_cases import UNET_OPS, Case
 from benchmarks.op_variants import op_files
@@ -66,8 +67,15 @@ def count(case: Case, plan: str) -> dict[str, tuple[list[Launch], list[str]]]:
     return {"fwd": (forward, forward_work), "bwd": (backward, backward_work)}
 
 
-def records_of(small: Case, large: Case, plan: str) -> list[dict[str, Any]]:
-    """A record for each direction; see :func:`main` for what it holds."""
+def records_of(small: Case, large: Case, plan: str, factors: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """A record for each direction; see :func:`main` for what it holds.
+
+    Args:
+        small, large: the case at both sizes.
+        plan: to force.
+        factors: of :func:`~benchmarks.compiled_traffic.worst_factors`. Where a kernel of the plan has none, the bytes
+            of the compiled code are ``None``.
+    """
     counted = {case: count(case, plan) for case in (small, large)}
     sources = [*op_files(large.op), "benchmarks/floors.py", "benchmarks/traffic_counter.py"]
     found = []
@@ -76,7 +84,9 @@ def records_of(small: Case, large: Case, plan: str) -> list[dict[str, Any]]:
         if not launches:
             continue
         moved = {case: sum(launch.read + launch.written for launch in counted[case][direction][0]) for case in counted}
+        compiled = {case: _compiled_bytes(counted[case][direction][0], factors) for case in counted}
         floor = {case: total_bytes(case, direction) for case in counted}
+        grown = floor[large] - floor[small]
         found.append(
             {
                 "op": large.name,
@@ -89,7 +99,9 @@ def records_of(small: Case, large: Case, plan: str) -> list[dict[str, Any]]:
                 "floor_bytes": floor[large],
                 "moved_bytes": moved[large],
                 "asked_bytes": sum(launch.loads + launch.stores for launch in launches),
-                "growth": round((moved[large] - moved[small]) / (floor[large] - floor[small]), 4),
+                "compiled_bytes": compiled[large],
+                "growth": round((moved[large] - moved[small]) / grown, 4),
+                "compiled_growth": compiled[large] and round((compiled[large] - compiled[small]) / grown, 4),
                 "kernels": [[launch.kernel, launch.read, launch.written] for launch in launches],
                 "pytorch": work,
                 "sources": sources,
@@ -99,6 +111,14 @@ def records_of(small: Case, large: Case, plan: str) -> list[dict[str, Any]]:
     return found
 
 
+def _compiled_bytes(launches: Sequence[Launch], factors: Mapping[str, Mapping[str, float]]) -> int | None:
+    """Bytes moved, each load and store as often as the compiled code of its kernel makes it."""
+    if any(launch.kernel not in factors for launch in launches):
+        return None
+    own = [(launch, factors[launch.kernel]) for launch in launches]
+    return round(sum(launch.read * times["loads"] + launch.written * times["stores"] for launch, times in own))
+
+
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -106,7 +126,8 @@ def main(args: Sequence[str]) -> int:
         description="Run the kernels in Triton's interpreter, on a CPU, and count the bytes that each loads and "
         "stores: each address once (moved), and as often as it was asked for (asked). Beside them the fewest bytes "
         "there can be (benchmarks/floors.py), and by how much the moved bytes grow with tokens or pixels, in units of "
-        "the floor's growth.",
+        "the floor's growth; and the moved bytes times the factors that the compiled code of the kernels has on the "
+        "worst target (python -m benchmarks aot, to be run before).",
     )
     parser.add_argument(
         "--out", type=Path, default=OUT, help="result file (default: benchmarks/results/interpreter/traffic.json)"
@@ -122,13 +143,13 @@ def main(args: Sequence[str]) -> int:
     except ImportError:
         raise UserError("Triton is not installed, whose interpreter counts. Install it: pip install triton.") from None
     torch.set_num_threads(1)
-    screen, records = Screen(), []
+    screen, records, factors = Screen(), [], worst_factors()
     for small, large in case_pairs():
         for plan in list_plans(large.op):
             if plan not in PLANS:
                 continue
             screen.print(f"{large}, {plan}")
-            records += records_of(small, large, plan)
+            records += records_of(small, large, plan, factors)
     where = {"triton": triton.__version__, "torch": torch.__version__}
     described = environment.describe(torch.device("cpu"))
     where |= {key: described[key] for key in ("python", "scalelong_fast", "date")}

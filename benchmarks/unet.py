@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import model_steps
-from benchmarks.model_steps import StepBench, Suite
+from benchmarks import model_command, model_steps
+from benchmarks.model_steps import Built, StepBench, Suite
 from benchmarks.op_variants import op_files
-from benchmarks.report_unet import unet_rows
+from benchmarks.report_models import model_rows
 from benchmarks.unet_skips import UNET_BATCH
 from benchmarks.variants import COMMON_SOURCES
 from scalelong_fast.models import UNet, UNetConfig
@@ -52,7 +52,7 @@ class Recipe:
     """A way to train one of the models.
 
     Attributes:
-        kind: eager, compile, ours or ours_compile.
+        kind: authors, authors_compile, eager, compile, ours or ours_compile.
         scaling: of the long skips.
     """
 
@@ -71,22 +71,27 @@ class Recipe:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """Of features and weights: the plain eager model is contiguous, as most are."""
-        return torch.contiguous_format if self.kind == "eager" else torch.channels_last
+        """Of features and weights: the plain eager model is contiguous, as most are, and so is the authors'."""
+        return torch.channels_last if self.fused or self.kind == "compile" else torch.contiguous_format
 
 
-#: Plain, as most people train; compiled; and ours, eager and compiled. ``ours_compile_ls`` over ``compile_none`` is the
-#: LS tax.
+#: Plain, in the authors' training step or in ours; compiled; and ours, eager and compiled. ``ours_compile_ls`` over
+#: ``compile_none`` is the LS tax. The kinds that matter most come first: a GPU may not have time for all.
 RECIPES = {
     f"{kind}_{scaling}": Recipe(kind, scaling)
     for scaling in ("ls", "none", "cs")
-    for kind in ("eager", "compile", "ours_compile", "ours")
+    for kind in ("eager", "compile", "ours_compile", "ours", "authors", "authors_compile")
 }
 
 
-@functools.cache
 def training_flop(config: UNetConfig) -> int:
     """FLOP of one image's forward and backward, as PyTorch counts them in the plain model."""
+    return flop(config, "step")
+
+
+@functools.cache
+def flop(config: UNetConfig, direction: str) -> int:
+    """FLOP of one image in a direction of :data:`~benchmarks.model_steps.DIRECTIONS`, as PyTorch counts them."""
     with torch.device("meta"):
         model = UNet(dataclasses.replace(config, scaling="none", fused=False, attention="math", use_checkpoint=False))
         x, times = torch.empty(1, *model.input_shape), torch.empty(1)
@@ -94,7 +99,9 @@ def training_flop(config: UNetConfig) -> int:
         if config.clip_dim > 0:
             y = torch.empty(1, config.num_clip_token, config.clip_dim)
         with FlopCounterMode(display=False) as counter:
-            model(x, times, y).sum().backward()
+            out = model(x, times, y)
+            if direction != "fwd":
+                out.sum().backward()
     return counter.get_total_flops()
 
 
@@ -130,6 +137,14 @@ class Bench(StepBench):
         model.memory_format = recipe.memory_format
         return model.to(self.device, memory_format=recipe.memory_format)
 
+    def autocast(self, recipe: Recipe) -> torch.dtype | None:
+        """See :meth:`StepBench.autocast`."""
+        return self.authors_autocast() if recipe.kind.startswith("authors") else super().autocast(recipe)
+
+    def build(self, recipe: Recipe) -> Built:
+        """See :meth:`StepBench.build`."""
+        return self.authors(self.model(recipe), recipe) if recipe.kind.startswith("authors") else super().build(recipe)
+
     def plain_model(self, scaling: str) -> UNet:
         """See :meth:`StepBench.plain_model`."""
         return self.model(Recipe("eager", scaling))
@@ -138,19 +153,11 @@ class Bench(StepBench):
 def recipe_sources(recipe: Recipe) -> tuple[str, ...]:
     """Files whose code a recipe's step runs, relative to the repository."""
     files = {*_UNET_SOURCES, *_SCALING_SOURCES[recipe.scaling], "benchmarks/model_steps.py", "benchmarks/unet.py"}
+    if recipe.kind.startswith("authors"):
+        files.add("benchmarks/authors_recipe.py")
     if recipe.fused:
         files |= {path for op in UNET_OPS for path in op_files(op)}
     return tuple(sorted(files))
-
-
-def _references(name: str) -> dict[str, str]:
-    recipe = RECIPES[name]
-    return {
-        "eager": f"eager_{recipe.scaling}",
-        "compile": f"compile_{recipe.scaling}",
-        "no_scaling": f"{recipe.kind}_none",
-        "compile_none": "compile_none",
-    }
 
 
 def _fields(bench: Bench, recipe: Recipe) -> dict[str, Any]:
@@ -167,19 +174,19 @@ SUITE = Suite(
     command="unet",
     description="Time whole training steps (forward, backward, AdamW, EMA) of the UNets: the plain model, contiguous "
     "and under autocast; the same in channels_last and compiled; and ours, eager and compiled; each without scaling, "
-    "with CS and with LS, all recipes of a model interleaved. On a CPU a small model stands in for all.",
+    "with CS and with LS, all recipes of a model interleaved; forward, with backward, and the whole step. On a CPU a "
+    "small model stands in for all.",
     presets=MODELS,
     models=_models,
     batch_size=lambda label, device: UNET_BATCH.get(label, REDUCED_BATCH) if device.type == "cuda" else REDUCED_BATCH,
     recipes=RECIPES,
     bench=Bench,
-    flop=training_flop,
+    flop=flop,
     sources=recipe_sources,
-    references=_references,
     fields=_fields,
-    table=unet_rows,
-    # Where nothing is compiled it would be the same as ours.
-    able=lambda bench, recipe: bench.compiled or recipe.kind != "ours_compile",
+    table=model_rows,
+    # Where nothing is compiled they would be the same as ours and authors; compile is in channels_last all the same.
+    able=lambda bench, recipe: bench.compiled or recipe.kind not in ("ours_compile", "authors_compile"),
 )
 
 
@@ -190,4 +197,4 @@ def main(
     names: Sequence[str] | None = None,
 ) -> int:
     """Run the command; returns the exit code. The keywords shrink the benchmark for tests."""
-    return model_steps.run(SUITE, args, models=models, names=names)
+    return model_command.run(SUITE, args, models=models, names=names)

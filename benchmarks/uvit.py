@@ -3,18 +3,17 @@
 import argparse
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks import model_steps
-from benchmarks.authors_recipe import AuthorsStep, AuthorsUViT
-from benchmarks.model_steps import StepBench, Suite
+from benchmarks import model_command, model_steps
+from benchmarks.authors_recipe import AuthorsUViT
+from benchmarks.model_steps import Built, StepBench, Suite
 from benchmarks.op_variants import op_files
-from benchmarks.report_uvit import REFERENCES, uvit_rows
+from benchmarks.report_models import model_rows
 from benchmarks.variants import STEP_SOURCES, UVIT_OPS
 from scalelong_fast.integrations import load_uvit_checkpoint
 from scalelong_fast.models import UViT, UViTConfig
@@ -42,14 +41,20 @@ class Recipe:
     compiled: bool = True
 
 
-#: ``none_cat`` is the price of a U-ViT without LS; ``ls_fused`` over it, and over ``none_fused``, is the LS tax.
+#: Kinds of recipes: the model's option ``fused``, None for the authors' recipe, and whether torch.compile may be used.
+KINDS = {
+    "authors": (None, False),
+    "authors_compile": (None, True),
+    "eager": (False, False),
+    "compile": (False, True),
+    "ours": (True, False),
+    "ours_compile": (True, True),
+}
+#: ``ours_compile_ls`` over ``ours_compile_none`` is the LS tax.
 RECIPES = {
-    "none_cat": Recipe("none", fused=False),
-    "ls_cat": Recipe("ls", fused=False),
-    "none_fused": Recipe("none", fused=True),
-    "ls_fused": Recipe("ls", fused=True),
-    "authors": Recipe("ls", fused=None, compiled=False),
-    "authors_compile": Recipe("ls", fused=None),
+    f"{kind}_{scaling}": Recipe(scaling, fused, compiled)
+    for scaling in ("ls", "none", "cs")
+    for kind, (fused, compiled) in KINDS.items()
 }
 
 
@@ -67,30 +72,23 @@ class Bench(StepBench):
 
     def __init__(self, config: UViTConfig, device: torch.device, batch_size: int, compiled: bool):
         super().__init__(config, device, batch_size, compiled)
-        self.unconditional = config.num_classes <= 0 and config.clip_dim == 0
-        if self.unconditional:  # the authors' recipe can be built: all start from its weights
+        self.has_authors = config.clip_dim == 0 and not config.mlp_time_embed
+        if self.has_authors:  # all start from the weights of the authors' recipe
             self._weights = AuthorsUViT(dataclasses.replace(config, scaling="ls")).state_dict()
         else:
             self._weights = UViT(dataclasses.replace(config, scaling="ls")).state_dict()
 
-    def build(self, recipe: Recipe) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    def autocast(self, recipe: Recipe) -> torch.dtype | None:
+        """See :meth:`StepBench.autocast`."""
+        return self.authors_autocast() if recipe.fused is None else super().autocast(recipe)
+
+    def build(self, recipe: Recipe) -> Built:
         """See :meth:`StepBench.build`."""
-        return self._authors(recipe) if recipe.fused is None else super().build(recipe)
-
-    def _authors(self, recipe: Recipe) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+        if recipe.fused is not None:
+            return super().build(recipe)
         model = AuthorsUViT(dataclasses.replace(self.config, scaling=recipe.scaling))
-        model.load_state_dict(copy.deepcopy(self._weights))
-        execution = self.execution(recipe.compiled)
-        step = AuthorsStep(model.to(self.device), execution.autocast, execution.compiled)
-        first = self.draws[0]
-        count = 0
-
-        def take() -> Tensor:
-            nonlocal count
-            count += 1
-            return step(self.draws[count % len(self.draws)].x0)
-
-        return take, lambda: step.loss(first.x0, first.u, first.noise).mean()
+        model.load_state_dict(self._own_weights(recipe.scaling))
+        return self.authors(model.to(self.device), recipe)
 
     def model(self, recipe: Recipe) -> UViT:
         """See :meth:`StepBench.model`."""
@@ -102,14 +100,17 @@ class Bench(StepBench):
 
     def _model(self, scaling: str, fused: bool) -> UViT:
         model = UViT(dataclasses.replace(self.config, scaling=scaling, fused=fused))
-        weights = copy.deepcopy(self._weights)
-        if self.unconditional:
-            weights = {key: value for key, value in weights.items() if scaling == "ls" or not key.startswith("se.")}
-            load_uvit_checkpoint(model, weights)
+        if self.has_authors:
+            load_uvit_checkpoint(model, self._own_weights(scaling))
         else:
             own = model.state_dict().keys()
-            model.load_state_dict({key: value for key, value in weights.items() if key in own})
+            model.load_state_dict({key: value for key, value in self._weights.items() if key in own})
         return model.to(self.device)
+
+    def _own_weights(self, scaling: str) -> dict[str, torch.Tensor]:
+        """The released parameter names of a scaling; only LS has a gate."""
+        weights = copy.deepcopy(self._weights)
+        return {key: value for key, value in weights.items() if scaling == "ls" or not key.startswith("se.")}
 
 
 def recipe_sources(recipe: Recipe) -> tuple[str, ...]:
@@ -127,6 +128,11 @@ def recipe_sources(recipe: Recipe) -> tuple[str, ...]:
     return tuple(sorted(files))
 
 
+def flop(config: UViTConfig, direction: str) -> int:
+    """FLOP of one image in a direction of :data:`~benchmarks.model_steps.DIRECTIONS`."""
+    return training_flop(config) // (3 if direction == "fwd" else 1)
+
+
 def _models(device: torch.device) -> Mapping[str, UViTConfig]:
     return model_steps.preset_models(MODELS, device, {"U-ViT-S/2, reduced": model_config("uvit_s2", **REDUCED)})
 
@@ -134,6 +140,11 @@ def _models(device: torch.device) -> Mapping[str, UViTConfig]:
 def _fields(bench: Bench, recipe: Recipe) -> dict[str, Any]:
     stream = "fp32" if recipe.fused is None else bench.config.residual_dtype
     return {"residual_dtype": stream, "fused": recipe.fused}
+
+
+def _able(bench: Bench, recipe: Recipe) -> bool:
+    # Where nothing is compiled, those that would be are the same as the eager ones.
+    return (bench.has_authors or recipe.fused is not None) and (bench.compiled or not recipe.compiled)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -149,20 +160,18 @@ def _adjusted(label: str, config: UViTConfig, options: argparse.Namespace) -> tu
 SUITE = Suite(
     command="uvit",
     description="Time whole training steps (forward, backward, AdamW, EMA) of the published U-ViTs: without scaling "
-    "and with LS, with torch.cat and fused, all recipes of a model interleaved. On a CPU a small model stands in for "
-    "all.",
+    "and with LS and CS; the authors' recipe, plain PyTorch and our ops, each eager and compiled, all recipes of a "
+    "model interleaved; forward, with backward, and the whole step. On a CPU a small model stands in for all.",
     presets=MODELS,
     models=_models,
     batch_size=lambda label, device: BATCH[device.type],
     recipes=RECIPES,
     bench=Bench,
-    flop=training_flop,
+    flop=flop,
     sources=recipe_sources,
-    references=lambda name: {reference: reference for reference in REFERENCES},
     fields=_fields,
-    table=uvit_rows,
-    # The authors' recipe as it is here is unconditional.
-    able=lambda bench, recipe: bench.unconditional or recipe.fused is not None,
+    table=model_rows,
+    able=_able,
     add_options=_add_options,
     adjusted=_adjusted,
 )
@@ -175,4 +184,4 @@ def main(
     names: Sequence[str] | None = None,
 ) -> int:
     """Run the command; returns the exit code. The keywords shrink the benchmark for tests."""
-    return model_steps.run(SUITE, args, models=models, names=names)
+    return model_command.run(SUITE, args, models=models, names=names)

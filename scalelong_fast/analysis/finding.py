@@ -26,6 +26,7 @@ class Finding:
         settings: what they depend on, JSON-ready.
         data: the numbers, JSON-ready; NaN and infinity become null.
         draw: draws them on an empty matplotlib figure.
+        markdown: the numbers as a table, of an analysis that has one.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Finding:
     settings: dict[str, Any]
     data: dict[str, Any]
     draw: "Callable[[Figure], None]" = field(repr=False, compare=False)
+    markdown: str = field(default="", repr=False)
 
 
 def open_folder(out: Path) -> Path:
@@ -55,12 +57,13 @@ def open_folder(out: Path) -> Path:
 
 
 def write_finding(finding: Finding, out: Path) -> list[Path]:
-    """Write ``NAME.json``, ``NAME.png`` and ``NAME.svg`` into ``out``, each replaced atomically.
+    """Write ``NAME.json``, ``NAME.png``, ``NAME.svg`` and, of one with a table, ``NAME.md`` into ``out``, each replaced
+    atomically.
 
     Equal findings give equal bytes: figures carry no date and no random identifiers.
 
     Returns:
-        The three paths.
+        The paths.
 
     Raises:
         UserError: the folder cannot be written to, or matplotlib is missing.
@@ -83,6 +86,9 @@ def write_finding(finding: Finding, out: Path) -> list[Path]:
         write_atomically(paths[1], lambda file: figure.savefig(file, format="png", metadata={"Software": None}))
         with matplotlib.rc_context({"svg.hashsalt": finding.name}):
             write_atomically(paths[2], lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
+        if finding.markdown:
+            paths.append(out / f"{finding.name}.md")
+            write_atomically(paths[3], lambda file: file.write(finding.markdown.encode()))
     except OSError as error:
         raise UserError(
             f"--out: writing to {out} failed ({error}). Free some space or choose another folder."

@@ -1,5 +1,6 @@
 """The κ_i that LS learns, beside the curves of CS (ScaleLong Fig. 7)."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from scalelong_fast.analysis.finding import Finding
 from scalelong_fast.analysis.kappa_range import PAPER_RANGE
 from scalelong_fast.analysis.progress import Progress, silent
 from scalelong_fast.analysis.statistics import Band, band, fit_line
+from scalelong_fast.analysis.sweep import Job, require_all, run_jobs
 from scalelong_fast.analysis.training import Training, Watched, train_watched
 from scalelong_fast.analysis.units import Units
 from scalelong_fast.data import open_training_set
@@ -111,9 +113,19 @@ def closest_cs(kappas: Sequence[float]) -> tuple[float, float]:
 
 
 def analyze_learnt_kappa(
-    settings: LearntKappaSettings | None = None, units: Units | None = None, progress: Progress = silent
+    settings: LearntKappaSettings | None = None,
+    units: Units | None = None,
+    progress: Progress = silent,
+    workers: int | None = 1,
 ) -> Finding:
-    """κ_i of LS during and after training, against κ^{i−1}."""
+    """κ_i of LS during and after training, against κ^{i−1}.
+
+    Args:
+        settings: what to train, or runs to look at.
+        units: keeps what each network gave.
+        progress: told about each network.
+        workers: processes, see :func:`~scalelong_fast.analysis.sweep.run_jobs`.
+    """
     settings, units = settings or LearntKappaSettings(), units or Units()
     records, final = [], []
     if settings.runs:
@@ -126,12 +138,17 @@ def analyze_learnt_kappa(
         training = settings.training
         key = {"analysis": "kappa", **asdict(training), "recordings": settings.recordings}
         del key["scalings"], key["seeds"]
-        jobs = [(scaling, seed) for scaling in training.scalings for seed in training.seeds]
-        for done, (scaling, seed) in enumerate(jobs):
-            progress(done, len(jobs), f"{scaling}, seed {seed}")
-            own = {**key, "scaling": scaling, "seed": seed}
-            found = units.get(own, lambda s=scaling, n=seed: record_kappas(settings, s, n))
-            records.append({"scaling": scaling, "seed": seed, **found})
+        networks = [{"scaling": scaling, "seed": seed} for scaling in training.scalings for seed in training.seeds]
+        jobs = [
+            Job(
+                {**key, **network},
+                "{scaling}, seed {seed}".format(**network),
+                functools.partial(record_kappas, settings, **network),
+            )
+            for network in networks
+        ]
+        for network, found in zip(networks, require_all(run_jobs(jobs, units, progress, workers)), strict=True):
+            records.append({**network, **found})
             final.append(found["kappas"][-1])
     bands = [band([kappas[i] for kappas in final]) for i in range(len(final[0]))]
     means = [b.mean for b in bands]

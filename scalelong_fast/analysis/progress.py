@@ -1,5 +1,6 @@
 """Progress of an analysis: nothing by default, a rich bar on the command line."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,8 @@ def rich_progress(title: str) -> Iterator[Progress]:
 
     columns = (TextColumn(title), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     console = Console(stderr=True)
-    with Bar(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal) as bar:
+    options = {"console": console, "transient": True, "disable": not console.is_terminal}
+    # The time left is estimated from all that was done: a single step may take minutes.
+    with Bar(*columns, TimeRemainingColumn(), speed_estimate_period=math.inf, **options) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)

@@ -1,5 +1,6 @@
 """What extra noise at the input does to trained networks (ScaleLong Fig. 3c), and ‖b_i ∘ a_i‖ (Fig. 11)."""
 
+import functools
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from scalelong_fast.analysis.composition import composition_norms
 from scalelong_fast.analysis.finding import Finding
 from scalelong_fast.analysis.progress import Progress, silent
 from scalelong_fast.analysis.statistics import Band, band
+from scalelong_fast.analysis.sweep import Job, require_all, run_jobs
 from scalelong_fast.analysis.training import Training, Watched, train_watched
 from scalelong_fast.analysis.units import Units
 from scalelong_fast.errors import check_range, invalid
@@ -89,19 +91,35 @@ def _disturb(watched: Watched, settings: RobustnessSettings) -> dict[str, Any]:
 
 
 def analyze_robustness(
-    settings: RobustnessSettings | None = None, units: Units | None = None, progress: Progress = silent
+    settings: RobustnessSettings | None = None,
+    units: Units | None = None,
+    progress: Progress = silent,
+    workers: int | None = 1,
 ) -> Finding:
-    """Train a network of each scaling and seed, and compare what extra noise does to them."""
+    """Train a network of each scaling and seed, and compare what extra noise does to them.
+
+    Args:
+        settings: what to train.
+        units: keeps what each network gave.
+        progress: told about each network.
+        workers: processes, see :func:`~scalelong_fast.analysis.sweep.run_jobs`.
+    """
     settings, units = settings or RobustnessSettings(), units or Units()
     training = settings.training
     key = {"analysis": "robustness", **asdict(settings), "training": asdict(training)}
     del key["training"]["scalings"], key["training"]["seeds"]
-    jobs = [(scaling, seed) for scaling in training.scalings for seed in training.seeds]
+    networks = [(scaling, seed) for scaling in training.scalings for seed in training.seeds]
+    jobs = [
+        Job(
+            {**key, "scaling": scaling, "seed": seed},
+            f"{scaling}, seed {seed}",
+            functools.partial(measure_robustness, settings, scaling, seed),
+        )
+        for scaling, seed in networks
+    ]
     results: dict[str, list[dict[str, Any]]] = {scaling: [] for scaling in training.scalings}
-    for done, (scaling, seed) in enumerate(jobs):
-        progress(done, len(jobs), f"{scaling}, seed {seed}")
-        own = {**key, "scaling": scaling, "seed": seed}
-        results[scaling].append(units.get(own, lambda s=scaling, n=seed: measure_robustness(settings, s, n)))
+    for (scaling, _), found in zip(networks, require_all(run_jobs(jobs, units, progress, workers)), strict=True):
+        results[scaling].append(found)
     bands = {
         what: {scaling: _bands(found, what, len(settings.levels)) for scaling, found in results.items()}
         for what in ("losses", "amplification")

@@ -16,8 +16,21 @@ from scalelong_fast.scaling import resolve_scaling
 from scalelong_fast.training import RunConfig, get_preset
 from scalelong_fast.training.batches import BatchSource, Draw
 from scalelong_fast.training.checks import check_data, check_model
+from scalelong_fast.training.ema import EMA
 from scalelong_fast.training.hardware import resolve_execution
 from scalelong_fast.training.step import TrainStep
+
+
+class DivergedError(UserError):
+    """A training became NaN or infinite.
+
+    Attributes:
+        step: at which that was seen.
+    """
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,7 @@ class Watched:
         gradients: ‖∇‖ of every block's parameters at this step, float64; see :func:`watched_blocks`.
         probe: one batch with noise and times that no step of the training has.
         schedule: the noise process.
+        average: the moving average of the weights; None of a network that is not being trained.
     """
 
     step: int
@@ -93,6 +107,7 @@ class Watched:
     gradients: list[float]
     probe: Draw
     schedule: NoiseSchedule
+    average: EMA | None = None
 
     def loss(self, extra: Tensor | None = None) -> float:
         """Loss on the probe, with ``extra`` added to x_t."""
@@ -119,16 +134,23 @@ def watched_blocks(model: UViT | UNet) -> list[nn.Module]:
     return list(model.out_blocks if isinstance(model, UViT) else model.output_blocks)
 
 
-def train_watched(config: RunConfig, observe: Callable[[Watched], None], every: int = 1) -> UViT | UNet:
-    """Train one network as :class:`~scalelong_fast.training.Trainer` does, in memory, and show it to ``observe``.
+@dataclass
+class Ready:
+    """A training that can begin: the network, its steps, and the batch of any step."""
 
-    Args:
-        config: the run.
-        observe: called before the first step, with no gradients, after every ``every``-th step and the last one.
-        every: steps between calls.
+    model: UViT | UNet
+    step: TrainStep
+    source: BatchSource
+    schedule: NoiseSchedule
+
+
+def set_up(config: RunConfig) -> Ready:
+    """Build what one training needs as :class:`~scalelong_fast.training.Trainer` does, in memory.
+
+    Close its ``source`` at the end.
 
     Raises:
-        UserError: model and data do not fit, or the loss or a gradient became NaN or infinite.
+        UserError: model and data do not fit.
     """
     check_model(config)
     dataset = open_training_set(config.data, config.model, label_dropout=config.diffusion.label_dropout)
@@ -139,8 +161,25 @@ def train_watched(config: RunConfig, observe: Callable[[Watched], None], every: 
     schedule = schedule.to(execution.device)
     torch.manual_seed(config.train.seed)
     model = build_model(config.model).to(execution.device)
-    train_step = TrainStep(model, schedule, config, execution)
-    source = BatchSource(dataset, config, execution.device, prefetch=0)
+    step = TrainStep(model, schedule, config, execution)
+    return Ready(model, step, BatchSource(dataset, config, execution.device, prefetch=0), schedule)
+
+
+def train_watched(config: RunConfig, observe: Callable[[Watched], None], every: int = 1) -> UViT | UNet:
+    """Train one network as :class:`~scalelong_fast.training.Trainer` does, in memory, and show it to ``observe``.
+
+    Args:
+        config: the run.
+        observe: called before the first step, with no gradients, after every ``every``-th step and the last one.
+        every: steps between calls.
+
+    Raises:
+        UserError: model and data do not fit.
+        DivergedError: the loss or a gradient became NaN or infinite.
+    """
+    ready = set_up(config)
+    model, train_step, source, schedule = ready.model, ready.step, ready.source, ready.schedule
+    average = train_step.ema
     probe = source(config.train.steps)
     blocks = watched_blocks(model)
     gradients: list[float] = []
@@ -151,19 +190,20 @@ def train_watched(config: RunConfig, observe: Callable[[Watched], None], every: 
 
     train_step.optimizer.register_step_pre_hook(note_gradients)
     try:
-        observe(Watched(0, model, [], probe, schedule))
+        observe(Watched(0, model, [], probe, schedule, average))
         for step in range(config.train.steps):
             wanted = (step + 1) % every == 0 or step + 1 == config.train.steps
             loss = train_step(step, source(step))
             if not wanted:
                 continue
             if not math.isfinite(loss.item()) or not all(map(math.isfinite, gradients)):
-                raise UserError(
+                raise DivergedError(
                     f"Training with scaling {config.model.scaling!r} and seed {config.train.seed} became NaN or "
                     f"infinite at step {step + 1}. Take a preset with a smaller learning rate, another seed or a "
-                    "larger batch."
+                    "larger batch.",
+                    step + 1,
                 )
-            observe(Watched(step + 1, model, list(gradients), probe, schedule))
+            observe(Watched(step + 1, model, list(gradients), probe, schedule, average))
     finally:
         source.close()
     return model

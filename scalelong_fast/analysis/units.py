@@ -10,6 +10,9 @@ from scalelong_fast.analysis.finding import json_ready
 from scalelong_fast.training.files import write_json
 from scalelong_fast.version import __version__
 
+#: What :meth:`Units.find` returns where nothing is kept; a result may be None.
+MISSING = object()
+
 
 class Units:
     """Results by what they depend on, one file each in a folder; nowhere, where there is none.
@@ -28,18 +31,34 @@ class Units:
             key: everything that the result depends on, JSON-ready. The version of the package is added.
             compute: its result must be JSON-ready.
         """
+        value = self.find(key)
+        if value is MISSING:
+            value = compute()
+            self.keep(key, value)
+        return value
+
+    def find(self, key: dict[str, Any]) -> Any:
+        """The kept result for ``key``, or :data:`MISSING`."""
         if self.folder is None:
-            return compute()
-        key = json_ready({**key, "version": __version__})
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        path = self.folder / f"{name}.json"
+            return MISSING
+        path, key = self._place(key)
         kept = self._read(path)
-        if kept is not None and kept.get("key") == key:
-            return kept["value"]
-        value = compute()
+        return kept["value"] if kept is not None and kept.get("key") == key else MISSING
+
+    def keep(self, key: dict[str, Any], value: Any) -> None:
+        """Keep a JSON-ready result for ``key``."""
+        if self.folder is None:
+            return
+        path, key = self._place(key)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {"key": key, "value": value})
-        return value
+
+    def _place(self, key: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+        """The file of a result, and its key as the file has it."""
+        assert self.folder is not None
+        key = json_ready({**key, "version": __version__})
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        return self.folder / f"{name}.json", key
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any] | None:

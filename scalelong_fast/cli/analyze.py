@@ -8,6 +8,7 @@ from rich.console import Console
 
 from scalelong_fast.cli.analyses import ANALYSES
 from scalelong_fast.cli.analyses.options import DatasetOptions
+from scalelong_fast.cli.analyses.together import AllArguments, run_all
 from scalelong_fast.cli.parse import parse
 from scalelong_fast.errors import UserError, unknown_name
 
@@ -20,12 +21,14 @@ The paper's figures and theorems, measured: each writes a JSON file, a figure (P
 
 analyses:
 {analyses}
+  all            all of these, one after the other
 
 examples:
   scalelong-fast analyze suggest-kappa digits --skips 6
   scalelong-fast analyze oscillation --scale smoke
   scalelong-fast analyze oscillation --preset cifar10-uvit --depth 16 --steps 2000 --batch-size 16 --seeds 0 1 2
   scalelong-fast analyze kappa --runs runs/digits-uvit
+  scalelong-fast analyze all --scale smoke
 
 Options of an analysis: scalelong-fast analyze ANALYSIS --help
 """
@@ -37,8 +40,10 @@ def main(args: Sequence[str]) -> int:
         print(USAGE.format(analyses="\n".join(f"  {name:<13}  {entry.summary}" for name, entry in ANALYSES.items())))
         return 0 if args else 2
     name, *rest = args
+    if name == "all":
+        return run_all(ANALYSES, parse(AllArguments, rest, "scalelong-fast analyze all"), run_tasks)
     if name not in ANALYSES:
-        raise unknown_name("ANALYSIS", name, ANALYSES)
+        raise unknown_name("ANALYSIS", name, [*ANALYSES, "all"])
     analysis = ANALYSES[name]
     prog = f"scalelong-fast analyze {name}"
     positional: list[str] = []
@@ -62,8 +67,13 @@ def run_tasks(name: str, tasks: "list[Task]", out: Path) -> None:
     console = Console()
     open_folder(out)
     for task in tasks:
-        with rich_progress(name) as progress:
-            finding = task(Units(out / "units"), progress)
+        try:
+            with rich_progress(name) as progress:
+                finding = task(Units(out / "units"), progress)
+        except KeyboardInterrupt:
+            kept = f"What was finished is kept in {out / 'units'}: the same command goes on from there."
+            console.print(kept, highlight=False, soft_wrap=True, markup=False)
+            raise
         paths = write_finding(finding, out)
         console.print(finding.sentence, highlight=False, soft_wrap=True, markup=False)
         console.print(f"Written: {', '.join(map(str, paths))}", highlight=False, soft_wrap=True, markup=False)

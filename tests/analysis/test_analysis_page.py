@@ -24,4 +24,4 @@ def test_the_code_runs(page, tmp_path, monkeypatch, capsys):
 
 
 def test_every_analysis_is_on_the_page_and_no_other(page):
-    assert set(re.findall(r"scalelong-fast analyze ([a-z-]+)", page)) == set(ANALYSES)
+    assert set(re.findall(r"scalelong-fast analyze ([a-z-]+)", page)) == {*ANALYSES, "all"}

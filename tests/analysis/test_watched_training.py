@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from scalelong_fast.analysis import (
 )
 from scalelong_fast.analysis.composition import composition_norms, jacobian_norm
 from scalelong_fast.analysis.learnt_kappa import closest_cs, kappa_means
-from scalelong_fast.analysis.oscillation import _compare, _differences, block_features, oscillation_index
+from scalelong_fast.analysis.oscillation import _compare, _differences, oscillation_index
+from scalelong_fast.analysis.oscillation_records import block_features
 from scalelong_fast.analysis.statistics import band
 from scalelong_fast.analysis.training import train_watched
 from scalelong_fast.errors import UserError
@@ -124,11 +126,17 @@ def test_oscillation_compares_scalings_over_seeds_and_goes_on_after_an_interrupt
     finding = analyze_oscillation(settings, units)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert finding.data == json.loads(json.dumps(analyze_oscillation(settings).data))
-    assert set(finding.data["index"]) == {"features", "gradients", "absolute features"}
+    what = {"features", "batch features", "gradients"}
+    assert set(finding.data["index"]) == what | {f"absolute {name}" for name in what}
     assert set(finding.data["index"]["features"]) == {"none", "cs", "ls"}
     assert finding.data["bands"]["features"]["ls"]["count"] == 2
     assert "Fig. 1 and 12" in finding.sentence
-    assert "gradients of ls" in finding.sentence
+    times = finding.data["bands"]["gradients"]["ls"]["mean"] / finding.data["bands"]["gradients"]["none"]["mean"]
+    assert re.search(rf"[;,:] gradients of (cs \([0-9.e+-]+ times\) and of )?ls \({times:.3g} times\)", finding.sentence)
+    assert finding.data["loss"]["none"]["mean"] == pytest.approx(
+        sum(e["loss"] for e in finding.data["records"]["none"]) / 2
+    )
+    assert "| loss at the end |" in finding.markdown
     none, ls = (finding.data["index"]["features"][scaling] for scaling in ("none", "ls"))
     mean = (ls[0] - none[0] + ls[1] - none[1]) / 2
     assert finding.data["differences"]["features"]["ls"]["mean"] == pytest.approx(mean)
@@ -219,6 +227,8 @@ def test_closest_cs():
         (lambda: Training(seeds=(1, 1)), r"--seeds: got \(1, 1\)"),
         (lambda: Training(steps=2), "--steps: got 2"),
         (lambda: OscillationSettings(Training(steps=8), every=3), "--every: got 3"),
+        (lambda: OscillationSettings(learning_rate=0.0), "--learning-rate: got 0.0"),
+        (lambda: OscillationSettings(Training(steps=8), every=1, warmup=9), "--warmup: got 9"),
         (lambda: RobustnessSettings(levels=(0.2, 0.1)), r"--levels: got \(0.2, 0.1\), expected numbers that grow"),
         (lambda: RobustnessSettings(levels=(0.0,)), "--levels: got 0.0"),
         (lambda: LearntKappaSettings(Training(scalings=("cs",))), "--scalings: got 'cs', expected ls or ls-individual"),

@@ -102,6 +102,7 @@ GOOD = {
     "loads": 42,
     "wide_stores": 8,
     "stores": 8,
+    "factors": {"tile_loads": 1.0, "tile_stores": None, "vector_loads": 64.0, "vector_stores": 2.0, "ahead": 2.0},
 }
 
 
@@ -210,7 +211,7 @@ def test_the_screen_shows_the_worst(capsys):
     records = [record(), record(registers=200, wide_stores=4, ctas_per_sm=1), record(error="no", faults=["no"])]
     aot.show_summary(records, Screen(200))
     out = capsys.readouterr().out
-    assert all(part in out for part in ("a_kernel", " 3 ", "200", "24/42", "4/8", "wgmma"))
+    assert all(part in out for part in ("a_kernel", " 3 ", "200", "24/42", "4/8", "wgmma", "1/–"))
     aot.show(records, Screen(200))
     assert "BLOCK_M=128" in capsys.readouterr().out
 

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import report, step, stream
+from benchmarks import models, report, step, stream
 from benchmarks.__main__ import main
+from benchmarks.timing import MIN_ROUNDS
 from benchmarks.variants import VARIANTS, Workbench
 from scalelong_fast.data import ImageDataset, load_images
 from scalelong_fast.diffusion import create_schedule
@@ -36,10 +37,43 @@ def test_an_unknown_command_is_refused_with_a_suggestion(capsys):
     assert "Did you mean 'step'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("args", [["--device", "cdua"], ["--rounds", "0"], ["--steps", "-1"]])
+@pytest.mark.parametrize("args", [["--device", "cdua"], ["--rounds", "0"], ["--steps", "-1"], ["--seconds", "nan"]])
 def test_bad_values_are_refused(args, capsys):
     assert main(["step", *args]) == 2
     assert "expected" in capsys.readouterr().err
+
+
+def test_train_is_another_name_for_step(monkeypatch):
+    told = []
+    monkeypatch.setattr(step, "main", lambda args: told.append(args) or 0)
+    assert main(["train", "--rounds", "3"]) == 0
+    assert told == [["--rounds", "3"]]
+
+
+def test_models_are_the_two_suites_with_the_time_shared_between_them(monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(models, "run", lambda suite, args: told.append((suite.command, args)) or len(told) - 1)
+    assert main(["models", "--rounds", "2", "--seconds", "60"]) == 1, "the larger of the two exit codes"
+    assert [(command, args[:4]) for command, args in told] == [
+        (command, ["--rounds", "2", "--seconds", "60"]) for command in ("uvit", "unet")
+    ]
+    first, second = (float(args[-1]) for _, args in told)
+    assert first == pytest.approx(30, abs=1)
+    assert second == pytest.approx(60, abs=1), "what the first spared"
+    with pytest.raises(SystemExit):
+        main(["models", "--model", "U-ViT-S/2"])
+    assert "unrecognized arguments: --model" in capsys.readouterr().err
+
+
+def test_step_keeps_to_its_time(tmp_path, capsys):
+    out = tmp_path / "step.json"
+    args = ["--device", "cpu", "--seconds", "0", "--rounds", "9", "--steps", "1", "--out", str(out)]
+    args += ["--variant", "ours_eager", "--variant", "authors_fp32"]
+    assert step.main(args, model=TINY, batch_size=2) == 0
+    assert "not measured: authors_fp32" in capsys.readouterr().out
+    (record,) = json.loads(out.read_text())["records"]
+    assert (record["variant"], record["rounds"]) == ("ours_eager", MIN_ROUNDS)
+    assert 0 < record["mfu"] < 1
 
 
 def test_unknown_variants_are_refused():

@@ -98,7 +98,11 @@ def test_a_slower_working_tree_is_a_regression(repository, tmp_path, capsys):
         == ("ValueError: no preset new")
     )
     assert result["base"] == git(repository, "rev-parse", "HEAD").strip()
-    assert "3 of 4 slower or failing." in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "3 of 4 slower or failing, the worst first" in shown
+    listed = shown[shown.index("the worst first") :]
+    assert "│ slower" in listed
+    assert "no difference" not in listed
     assert (git(repository, "status", "--porcelain"), git(repository, "worktree", "list")) == before
 
 

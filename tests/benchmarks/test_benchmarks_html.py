@@ -200,13 +200,14 @@ def test_memory_is_shown_where_it_was_recorded():
     bars = report_plots.op_memory([*RECORDS, op_record("eager", 1.0, op="se_gate", peak_mib=None)])
     assert bars["ls_skip_linear 128×257×512 bf16"] == {"eager": 3.0, "dispatch": 1.5}
     assert "se_gate 128×257×512 bf16" not in bars
-    step = {"model": "U-ViT-S/2", "variant": "ls_fused", "peak_mib": 512.0}
-    assert report_plots.step_memory([step, {**step, "peak_mib": None}]) == {"U-ViT-S/2, ls_fused": {"peak": 512.0}}
+    step = {"model": "U-ViT-S/2", "variant": "ours_ls", "direction": "step", "peak_mib": 512.0}
+    others = [{**step, "peak_mib": None}, {**step, "direction": "fwd", "peak_mib": 9.0}]
+    assert report_plots.step_memory([step, *others]) == {"U-ViT-S/2, ours_ls": {"peak": 512.0}}
 
 
 def test_plots_are_the_same_for_the_same_numbers(repository):
     write(repository, "ops", RECORDS)
-    write(repository, "uvit", [{"model": "U-ViT-S/2", "variant": "ls_fused", "peak_mib": 512.0}])
+    write(repository, "uvit", [{"model": "U-ViT-S/2", "variant": "ours_ls", "direction": "step", "peak_mib": 512.0}])
     assert report_plots.draw_plots(repository / "results", repository) == []
     files = {path.name: path.read_bytes() for path in (repository / "docs" / "images").iterdir()}
     assert set(files) == {f"{kind}-nvidia-test.png" for kind in ("roofline", "memory-ops", "memory-uvit")}

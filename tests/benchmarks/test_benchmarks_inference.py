@@ -40,6 +40,9 @@ def test_samplings_are_timed_and_the_report_takes_the_file(tmp_path, capsys):
         assert record["p20_us"] <= record["median_us"] <= record["p80_us"]
         assert record["images_per_second"] == pytest.approx(record["shape"][0] * 1e6 / record["median_us"], rel=1e-2)
         assert record["rel_error"] < 1e-4
+        assert record["rounds"] == 2
+        image = 4 * record["shape"][0] * 3 * 8 * 8
+        assert image / 2**20 <= record["peak_mib"] < 5
         assert record["source_sha256"] == inference.environment.source_hash(record["sources"])
         assert record["source_sha256"] is not None
         if record["variant"] == "eager_none":
@@ -58,6 +61,14 @@ def test_a_part_is_measured_anew_and_the_rest_kept(tmp_path):
     records = json.loads(out.read_text())["records"]
     assert records[: len(first)] == first
     assert {record["sampler"] for record in records[len(first) :]} == {"dpm-solver++"}
+
+
+def test_with_little_time_rounds_are_fewer_and_what_is_left_is_named(tmp_path, capsys):
+    out = tmp_path / "inference.json"
+    few = ("--batch-size", "1", "--model", "tiny U-ViT")
+    assert run(out, *few, "--rounds", "9", "--seconds", "0.05") == 0
+    assert {record["rounds"] for record in json.loads(out.read_text())["records"]} == {3}
+    assert "Time is up; not measured: tiny U-ViT, ddim, batch 1." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("config", TINY.values(), ids=TINY)
@@ -82,7 +93,12 @@ def test_a_compiled_kind_is_compiled():
 
 @pytest.mark.parametrize(
     ("args", "message"),
-    [(["--sampler", "dim"], "Did you mean 'ddim'"), (["--steps", "0"], "--steps"), (["--model", "x"], "--model")],
+    [
+        (["--sampler", "dim"], "Did you mean 'ddim'"),
+        (["--steps", "0"], "--steps"),
+        (["--model", "x"], "--model"),
+        (["--seconds", "-1"], "--seconds"),
+    ],
 )
 def test_bad_values_are_refused(args, message, capsys):
     assert main(["inference", *args, "--device", "cpu"]) == 2

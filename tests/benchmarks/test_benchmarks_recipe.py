@@ -13,10 +13,11 @@ from scalelong_fast.models import UViT, UViTConfig
 CONFIG = UViTConfig(img_size=8, patch_size=2, embed_dim=32, depth=4, num_heads=4, reduction=4, scaling="ls")
 
 
-@pytest.fixture(params=["ls", "none"])
+@pytest.fixture(params=["ls", "none", "cs", "cs, labels"])
 def pair(request):
     torch.manual_seed(0)
-    config = dataclasses.replace(CONFIG, scaling=request.param)
+    scaling, _, labels = request.param.partition(", ")
+    config = dataclasses.replace(CONFIG, scaling=scaling, num_classes=5 if labels else -1)
     authors = AuthorsUViT(config)
     with torch.no_grad():
         for parameter in authors.parameters():  # nothing zero: every weight has to land in its place
@@ -30,18 +31,23 @@ def batch(size=3):
     return x0, torch.rand(size, generator=generator), noise
 
 
+def labels_of(model):
+    return torch.tensor([4, 0, 2]) if model.config.num_classes > 0 else None
+
+
 def test_the_networks_agree(pair):
     authors, ours = pair
     x0, t, _ = batch()
-    torch.testing.assert_close(ours(x0, 999 * t), authors(x0, 999 * t), rtol=1e-5, atol=1e-5)
+    y = labels_of(ours)
+    torch.testing.assert_close(ours(x0, 999 * t, y), authors(x0, 999 * t, y), rtol=1e-5, atol=1e-5)
 
 
 def test_loss_and_gradients_agree(pair):
     authors, ours = pair
     x0, t, noise = batch()
-    theirs = AuthorsStep(authors).loss(x0, t, noise)
+    theirs = AuthorsStep(authors).loss(x0, t, noise, labels_of(ours))
     assert theirs.shape == (3,)
-    mine = diffusion_loss(ours, create_schedule("vpsde"), x0, noise, t)
+    mine = diffusion_loss(ours, create_schedule("vpsde"), x0, noise, t, labels_of(ours))
     torch.testing.assert_close(mine, theirs.mean(), rtol=1e-5, atol=0)
 
     theirs.mean().backward()
@@ -69,3 +75,16 @@ def test_a_step_moves_weights_and_average():
         moved += not torch.equal(parameter, before[name])
         torch.testing.assert_close(averages[name], 0.75 * before[name] + 0.25 * parameter, rtol=1e-5, atol=1e-7)
     assert moved == len(before)
+
+
+def test_fp16_scales_the_loss():
+    """As on a GPU: the weights move although the loss is scaled, and a scale there is."""
+    torch.manual_seed(0)
+    step = AuthorsStep(AuthorsUViT(CONFIG), autocast=torch.float16, warmup_steps=1)
+    before = {name: p.detach().clone() for name, p in step.model.named_parameters()}
+    losses = [float(step(batch()[0])) for _ in range(2)]
+    assert step.scaler.is_enabled()
+    assert step.scaler.get_scale() > 1
+    assert all(0 < loss < 10 for loss in losses)
+    assert all(p.isfinite().all() for p in step.model.parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in step.model.named_parameters())

@@ -1,4 +1,4 @@
-"""The decoders of ``ops.json`` added up, their model, and the table of the UNets' training steps."""
+"""The decoders of ``ops.json`` added up, and their model."""
 
 import json
 
@@ -120,37 +120,3 @@ def test_bytes_by_hand():
     assert modelled_bytes(case, "eager", "bwd") == pixels * (50 * 96 + 20 * 32)
     assert modelled_bytes(case, "compile", "fwd_bwd") == pixels * (26 * 96 + 10 * 32)
     assert modelled_bytes(case, "fused", "bwd") == total_bytes(case, "bwd")
-
-
-def step_record(variant, scaling, peak, **ratios):
-    names = ("eager", "compile", "no_scaling", "compile_none")
-    return {
-        "model": "unet",
-        "shape": [64, 3, 64, 64],
-        "variant": variant,
-        "scaling": scaling,
-        "compiled": "compile" in variant,
-        "median_us": 50000.0,
-        "p20_us": 49000.0,
-        "p80_us": 51000.0,
-        "images_per_second": 1280.0,
-        "mfu": 0.5,
-        "peak_mib": peak,
-        "rel_error": 1e-4,
-        **{f"time_over_{name}": ratios.get(name) for name in names},
-        "sources": [],
-        "source_sha256": environment.source_hash([]),
-    }
-
-
-def test_a_row_of_steps(tmp_path):
-    records = [
-        step_record("eager_ls", "ls", 4000.0, eager=1.0),
-        step_record("ours_compile_ls", "ls", 3000.0, eager=0.4, compile=0.8, no_scaling=1.01, compile_none=0.9),
-    ]
-    write(tmp_path, records, name="unet")
-    table = report.render("unet", tmp_path / "results", tmp_path)
-    assert "| unet | eager_ls | 50 | 49 – 51 | 1280 | 50.0% | 4000 (1.00) | 1.00 | – | – | – | 1.0e-04 |" in table
-    row = "ours_compile_ls (compiled) | 50 | 49 – 51 | 1280 | 50.0% | 3000 (0.75) | 2.50 | 1.25 | 1.010 | 0.900"
-    assert f"| unet | {row} | 1.0e-04 |" in table
-    assert "batch 64 (unet)" in table

@@ -1,13 +1,24 @@
 """Timing: statistics, order of the visits, machine description."""
 
 import json
+import time
 
 import pytest
 import torch
 
 from benchmarks import environment
 from benchmarks.code import running_code
-from benchmarks.timing import Summary, interleave, round_speed_up, speed_up, summarize
+from benchmarks.timing import (
+    MIN_ROUNDS,
+    Summary,
+    check_seconds,
+    interleave,
+    rotate,
+    round_speed_up,
+    speed_up,
+    summarize,
+)
+from scalelong_fast.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -50,6 +61,22 @@ def test_each_round_visits_each_variant_and_reports_seconds_per_step():
     assert times == {"a": [1.0] * 4, "b": [2.0] * 4, "c": [4.0] * 4}
     assert visits == [*"abc", *"bca", *"cab", *"abc"]
     assert clock.now == 4 * (5 + 1) * 7.0, "one untimed step a visit"
+
+
+def test_no_round_begins_after_the_deadline_but_for_the_first_few():
+    late = time.perf_counter() - 1.0
+    times = interleave({"a": lambda: None, "b": lambda: None}, rounds=9, steps=1, deadline=late)
+    assert {name: len(values) for name, values in times.items()} == {"a": MIN_ROUNDS, "b": MIN_ROUNDS}
+    assert len(rotate({"a": lambda: 1.0}, rounds=2, deadline=late)["a"]) == 2
+    assert len(rotate({"a": lambda: 1.0}, rounds=9, deadline=late + 100.0)["a"]) == 9
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan")])
+def test_a_budget_is_a_number(seconds):
+    check_seconds(0.0)
+    check_seconds(float("inf"))
+    with pytest.raises(UserError, match="--seconds"):
+        check_seconds(seconds)
 
 
 def test_the_device_is_waited_for_before_the_clock_is_read():

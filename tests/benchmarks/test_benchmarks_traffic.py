@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import environment, traffic
+from benchmarks.compiled_traffic import worst_factors
 from benchmarks.report_traffic import traffic_table
 from benchmarks.traffic_counter import counting, pytorch_work
 from scalelong_fast.errors import UserError
@@ -21,6 +22,12 @@ PAIRS = [
 ]
 #: PyTorch's share of a plan that is kernels of ours: a bias' gradient, and buffers of ones and zeros.
 EXPECTED_WORK = ("fill_", "zero_", "sum", "copy_")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Factors of the compiled kernels."""
+    return worst_factors()
 
 
 @needs_interpreter
@@ -45,20 +52,36 @@ def test_a_copy_that_nobody_meant_would_be_seen():
 
 @needs_interpreter
 @pytest.mark.parametrize(("small", "large", "plan"), PAIRS, ids=lambda value: str(value).replace(" ", ""))
-def test_kernels_move_what_the_model_says_and_no_pass_more(small, large, plan):
-    records = traffic.records_of(small, large, plan)
+def test_kernels_move_what_the_model_says_and_no_pass_more(small, large, plan, compiled):
+    records = traffic.records_of(small, large, plan, compiled)
     assert {record["direction"] for record in records} >= {"fwd"}
     for record in records:
         # A pass more over a feature would be a fifth. A number per token is 2 % of rows as narrow as these; the gate's
         # backward, all of it numbers per token, reads the gradients of its hidden layer again for its weights'.
         highest = 1.05 if large.op != "se_gate" else 1.6
         assert 0.75 < record["growth"] <= highest, record
+        assert record["compiled_growth"] is not None, "run: python -m benchmarks aot"
+        assert record["growth"] <= record["compiled_growth"] <= highest, record
         features = torch.Size(large.shape).numel()
         for name in record["pytorch"]:
             work, elements = name.rstrip(")").split("(")
             assert work in EXPECTED_WORK
             assert int(elements) < features or "linear" in large.op  # there the bias' gradient reads dy
     assert sum(record["moved_bytes"] for record in records) > 0
+
+
+@needs_interpreter
+def test_bytes_of_compiled_code_are_those_of_the_interpreter_times_its_factors(compiled):
+    pair = traffic.case_pairs()[0]
+    twice = {**compiled, "se_weight_grad_kernel": {"loads": 1.0, "stores": 2.0}}
+    record = traffic.records_of(*pair, "triton", twice)[1]
+    (written,) = (written for kernel, _, written in record["kernels"] if kernel == "se_weight_grad_kernel")
+    assert record["compiled_bytes"] == record["moved_bytes"] + written
+    del twice["se_weight_grad_kernel"]
+    forward, backward = traffic.records_of(*pair, "triton", twice)
+    assert forward["compiled_bytes"] == forward["moved_bytes"]
+    assert backward["compiled_bytes"] is None
+    assert backward["compiled_growth"] is None
 
 
 def test_the_result_file_is_of_these_kernels():

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import environment, model_steps, report, unet
 from benchmarks.__main__ import main
+from benchmarks.timing import MIN_ROUNDS
 from benchmarks.variants import COMMON_SOURCES
 from scalelong_fast.models import UNet, UNetConfig
 
@@ -26,13 +27,14 @@ TINY = UNetConfig(
     attention="math",
 )
 CPU = torch.device("cpu")
-KINDS = ("eager", "compile", "ours")
+KINDS = ("eager", "compile", "ours", "authors")
 
 
 @pytest.fixture(autouse=True)
 def quick_ceilings(monkeypatch):
     measured = environment.ceilings
     monkeypatch.setattr(environment, "ceilings", lambda device: measured(device, seconds=0.005))
+    monkeypatch.setattr(model_steps, "WARM_UP_STEPS", 1)
 
 
 def run(out, *args, **kwargs):
@@ -42,7 +44,7 @@ def run(out, *args, **kwargs):
 
 def test_the_file_has_every_recipe_and_report_takes_it(tmp_path, capsys):
     out = tmp_path / "results" / "machine" / "unet.json"
-    assert run(out) == 0
+    assert run(out, "--rounds", "1", "--direction", "step") == 0
     records = {record["variant"]: record for record in json.loads(out.read_text())["records"]}
     # Nothing is compiled on a CPU, so that ours_compile would be ours.
     assert list(records) == [f"{kind}_{scaling}" for scaling in ("ls", "none", "cs") for kind in KINDS]
@@ -50,7 +52,7 @@ def test_the_file_has_every_recipe_and_report_takes_it(tmp_path, capsys):
         kind, scaling = name.rsplit("_", 1)
         assert record["scaling"] == scaling
         assert record["fused"] is (kind == "ours")
-        assert record["memory_format"] == ("contiguous" if kind == "eager" else "channels_last")
+        assert record["memory_format"] == ("contiguous" if kind in ("eager", "authors") else "channels_last")
         assert not record["compiled"]
         assert record["rel_error"] < model_steps.TOLERANCE
         assert record["p20_us"] <= record["median_us"] <= record["p80_us"]
@@ -68,9 +70,20 @@ def test_the_file_has_every_recipe_and_report_takes_it(tmp_path, capsys):
     assert table.endswith("**No GPU measurement yet.** What the kernels gain on a GPU is predicted, not measured.")
 
 
+def test_forward_and_backward_are_timed_apart(tmp_path):
+    out = tmp_path / "unet.json"
+    assert run(out, "--rounds", "1", names=("eager_ls", "authors_ls")) == 0
+    records = json.loads(out.read_text())["records"]
+    assert [(r["direction"], r["variant"]) for r in records] == [
+        (direction, name) for direction in model_steps.DIRECTIONS for name in ("eager_ls", "authors_ls")
+    ]
+    flop = {record["direction"]: record["flop"] for record in records}
+    assert 0 < flop["fwd"] < flop["fwd_bwd"] == flop["step"]
+
+
 def test_some_recipes_alone(tmp_path, capsys):
     out = tmp_path / "unet.json"
-    assert run(out, "--recipe", "ours_ls", "--recipe", "eager_none") == 0
+    assert run(out, "--direction", "step", "--recipe", "ours_ls", "--recipe", "eager_none") == 0
     records = {record["variant"]: record for record in json.loads(out.read_text())["records"]}
     assert list(records) == ["ours_ls", "eager_none"], "in the order of interest"
     assert records["ours_ls"]["time_over_eager"] is None
@@ -134,8 +147,8 @@ def test_a_recipe_with_another_loss_stops_the_benchmark(tmp_path, monkeypatch, c
     build = unet.Bench.build
 
     def wrong(self, recipe):
-        take, probe = build(self, recipe)
-        return take, (lambda: 1.05 * probe()) if recipe.fused else probe
+        built = build(self, recipe)
+        return built._replace(loss=lambda: 1.05 * built.loss()) if recipe.fused else built
 
     monkeypatch.setattr(unet.Bench, "build", wrong)
     out = tmp_path / "unet.json"
@@ -154,23 +167,27 @@ def test_a_recipe_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(unet.Bench, "build", broken)
     out = tmp_path / "unet.json"
-    assert run(out, names=("ours_none", "eager_none", "compile_none")) == 1
+    assert run(out, "--direction", "step", names=("ours_none", "eager_none", "compile_none")) == 1
     assert "tiny, ours_none: OutOfMemoryError: no room" in capsys.readouterr().out
     assert [r["variant"] for r in json.loads(out.read_text())["records"]] == ["eager_none", "compile_none"]
 
 
-def test_no_recipe_is_prepared_after_the_time_is_up(tmp_path, capsys):
+def test_no_recipe_is_prepared_after_the_time_is_up_and_rounds_are_few(tmp_path, capsys):
     out = tmp_path / "unet.json"
-    assert run(out, "--seconds", "0", names=("eager_none", "compile_none")) == 0
-    assert "not measured: compile_none" in capsys.readouterr().out
-    assert [r["variant"] for r in json.loads(out.read_text())["records"]] == ["eager_none"]
+    args = ("--seconds", "0", "--rounds", "9", "--direction", "step")
+    assert run(out, *args, names=("eager_none", "compile_none")) == 0
+    assert "not measured: tiny, compile_none" in capsys.readouterr().out
+    records = json.loads(out.read_text())["records"]
+    assert [(record["variant"], record["rounds"]) for record in records] == [("eager_none", MIN_ROUNDS)]
 
 
 def test_flop_are_those_of_a_real_model():
     config = dataclasses.replace(TINY, scaling="none", fused=False, dropout=0.0)
     model = unet.waken(UNet(config))
     with FlopCounterMode(display=False) as counter:
-        model(torch.randn(2, 3, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.int64)).sum().backward()
+        out = model(torch.randn(2, 3, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.int64))
+        assert 2 * unet.flop(TINY, "fwd") == pytest.approx(counter.get_total_flops(), rel=1e-9)
+        out.sum().backward()
     assert 2 * unet.training_flop(TINY) == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 

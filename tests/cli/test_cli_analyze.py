@@ -8,14 +8,19 @@ import pytest
 
 from scalelong_fast.cli.analyze import ANALYSES
 
-TRAINING = ["--depth", "2", "--steps", "4", "--batch-size", "4", "--seeds", "0", "1"]
+TRAINING = ["--depth", "2", "--steps", "4", "--batch-size", "4", "--seeds", "0", "1", "--workers", "1"]
 CASES = {
     "noise": (["digits", "--samples", "10"], ["noise"], "Fig. 3a, b"),
     "suggest-kappa": (["digits", "--skips", "6", "--samples", "10"], ["suggest-kappa"], "§4.1"),
     "bounds": (["--skips", "2", "--widths", "8", "--trials", "4"], ["bounds", "lipschitz"], "Theorem 3.4"),
-    "oscillation": (["--scalings", "none", "cs", "--every", "1", *TRAINING], ["oscillation"], "Fig. 1 and 12"),
+    "oscillation": (
+        ["--scalings", "none", "cs", "--every", "1", *TRAINING],
+        ["oscillation", "oscillation-matrix"],
+        "Fig. 1 and 12",
+    ),
     "robustness": (["--scalings", "none", "ls", *TRAINING], ["robustness"], "Fig. 3c"),
     "kappa": (TRAINING, ["kappa"], "Fig. 7"),
+    "ablation": (["--tables", "4", "--samples", "70", *TRAINING], ["ablation-table-4"], "ScaleLong Table 4"),
 }
 
 
@@ -64,7 +69,13 @@ def test_help_names_every_analysis(cli):
         (["suggest-kappa", "digits", "--skips", "1"], ["--skips: got 1"]),
         (["kappa", "--preset", "digits-unet", "--depth", "4"], ["--depth: got 4, expected none"]),
         (["kappa", "--scalings", "cs"], ["--scalings: got 'cs'"]),
+        (["oscillation", "--preset", "digits-uvit", "--block-depth", "2"], ["--block-depth: got 2, expected none"]),
+        (["oscillation", "--preset", "matrix", "--depth", "3"], ["--depth: got 3, expected an even number"]),
+        (["oscillation", "--warmup", "301"], ["--warmup: got 301"]),
         (["robustness", "--steps", "1"], ["--steps: got 1"]),
+        (["robustness", "--workers", "0"], ["--workers: got 0"]),
+        (["ablation", "--tables", "5"], ["--tables: got '5'", "Known: 2, 3, 4"]),
+        (["ablation", "--figures", "4"], ["--figures: got '4'", "Known: 13, 6"]),
         (["bounds", "--widths", "0"], ["--widths: got 0"]),
         (["bounds", "--skips", "1"], ["--skips: got 1", ">= 2"]),
         (["bounds", "--dataset", "mnist"], ["--dataset: got 'mnist'"]),
@@ -75,6 +86,16 @@ def test_bad_input_is_refused_before_anything_is_written(cli, assert_refused, tm
     monkeypatch.chdir(tmp_path)
     assert_refused(cli("analyze", *arguments), *texts)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interruption_says_how_to_go_on(cli, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scalelong_fast.analysis.analyze_noise", interrupted)
+    result = cli("analyze", "noise", "digits", "--out", tmp_path)
+    assert result.code == 130
+    assert f"kept in {tmp_path / 'units'}: the same command goes on from there" in result.out
 
 
 def test_a_folder_that_was_not_given_is_asked_for_by_its_own_option(cli, assert_refused, tmp_path):

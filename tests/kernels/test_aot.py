@@ -103,16 +103,16 @@ def test_the_results_are_those_of_the_present_kernels(target, planned):
 
 BAD = """
 import dataclasses, torch
-from benchmarks import aot_cases, aot_units
+from benchmarks import aot_cases, aot_units, compiled_traffic
 from benchmarks.gpu_code import TARGETS
 from scalelong_fast.kernels import configs
 
-def faults_of(name, shape, **line):
+def faults_of(name, shape, target="sm_90", only=None, **line):
     index, case = next((i, case) for i, case in enumerate(aot_cases.CASES) if case.name == name)
     aot_cases.CASES[index] = dataclasses.replace(case, shapes=(shape,), dtypes=(torch.bfloat16,))
     if line:
-        configs.table("sm_90")["configs"][name] = [line]
-    units, _ = aot_units.plan(["sm_90"], [name])
+        configs.table(target)["configs"][name] = [line]
+    units, _ = aot_units.plan([target], [only or name])
     units = [unit for unit in units if unit.call.case.name == name]
     return [aot_units.record_of(unit, aot_units.compile_unit(unit))["faults"] for unit in units]
 
@@ -122,13 +122,16 @@ print(faults_of("dual_gemm", aot_cases.S2, meta=tile, num_warps=4, num_stages=3)
 configs.launch_config.cache_clear()
 print(faults_of("dual_gemm", aot_cases.S2, meta={**tile, "BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=3))
 print(faults_of("gap", dataclasses.replace(aot_cases.S2, width=511)))
+compiled_traffic.EXPLAINED.clear()
+print(faults_of("se", aot_cases.S2, "gfx942", "se_weight"))
 """
 
 
 def test_bad_code_is_found(tmp_path):
     process = run("-c", BAD, TRITON_CACHE_DIR=str(tmp_path))
     assert process.returncode == 0, process.stderr
-    spilling, without_wgmma, narrow = process.stdout.splitlines()
+    spilling, without_wgmma, narrow, copied = process.stdout.splitlines()
     assert "spills: " in spilling
     assert "no wgmma, but mma" in without_wgmma
     assert "loads have 16 bytes, expected at least 1" in narrow
+    assert "stores every element of a tile 4 times, its source once" in copied

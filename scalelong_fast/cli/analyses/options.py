@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from scalelong_fast.errors import check_range
+
 if TYPE_CHECKING:  # analyses need scipy and more: only the one that is asked for is imported
     from scalelong_fast.analysis.finding import Finding
     from scalelong_fast.analysis.progress import Progress
@@ -61,6 +63,12 @@ class TrainingOptions(Common):
     """Images a step."""
     seeds: tuple[int, ...] = ()
     """One network of each scaling per seed; bands are 95 % confidence intervals over them."""
+    workers: int | None = None
+    """Processes that share the networks out; default: one for each GPU or, without any, for each core."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None:
+            check_range("--workers", self.workers, low=1, integer=True)
 
 
 @dataclasses.dataclass(frozen=True)

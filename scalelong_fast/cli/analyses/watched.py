@@ -5,7 +5,8 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scalelong_fast.cli.analyses.options import Analysis, TrainingOptions, with_training
+from scalelong_fast.cli.analyses.options import Analysis, TrainingOptions, given, with_training
+from scalelong_fast.errors import invalid
 
 if TYPE_CHECKING:
     from scalelong_fast.cli.analyses.options import Task
@@ -13,10 +14,21 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class OscillationArguments(TrainingOptions):
-    """How much features and gradients oscillate during training (ScaleLong Fig. 1 and 12)."""
+    """How much features and gradients oscillate during training (ScaleLong Fig. 1 and 12): of a U-ViT or UNet, and of
+    matrix UNets (Eq. 3), which are what the theorems are about."""
 
+    preset: str | None = None
+    """Training preset that gives network, data and optimiser, or matrix for matrix UNets on digits; without one
+    digits-uvit and matrix, one after the other."""
     every: int | None = None
     """Steps between recordings."""
+    learning_rate: float | None = None
+    """Learning rate after the warm-up. Default: with a training preset its own, 1e-3 of matrix UNets; where no preset
+    is given, 2e-4 of digits-uvit, the rate published with U-ViT."""
+    warmup: int | None = None
+    """Steps of warm-up. Default: with a training preset a tenth of the steps, else none."""
+    block_depth: int | None = None
+    """Matrices in a block of matrix UNets; 1 makes them linear."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,25 +47,47 @@ class LearntKappaArguments(TrainingOptions):
     """Folders of trained runs to look at, instead of training."""
 
 
+#: What stands for matrix UNets in the place of a preset.
+MATRIX = "matrix"
+#: Options of oscillation that its settings have beside the training's.
+WATCHED = ("every", "learning_rate", "warmup")
+
+
 def oscillation(arguments: OscillationArguments) -> "list[Task]":
-    from scalelong_fast.analysis import analyze_oscillation
+    from scalelong_fast.analysis import analyze_oscillation, oscillation_matrix
     from scalelong_fast.analysis.oscillation import SCALES
 
-    return [functools.partial(analyze_oscillation, with_training(SCALES[arguments.scale], arguments, "every"))]
+    found = []
+    if arguments.preset != MATRIX:
+        if arguments.preset is not None and arguments.block_depth is not None:
+            raise invalid("--block-depth", arguments.block_depth, f"none for {arguments.preset}", "It is of matrix.")
+        own = SCALES[arguments.scale]
+        if arguments.preset is not None:  # the scale's rate is one for its own preset
+            own = dataclasses.replace(own, learning_rate=None, warmup=None)
+        named = dataclasses.replace(arguments, preset=arguments.preset or own.training.preset)
+        found.append(with_training(own, named, *WATCHED))
+    if arguments.preset in (None, MATRIX):
+        own = oscillation_matrix.SCALES[arguments.scale]
+        changes = given(arguments, "scalings", "kappa", "depth", "block_depth", "steps", "batch_size", "seeds")
+        training = dataclasses.replace(own.training, **changes)
+        found.append(dataclasses.replace(own, training=training, **given(arguments, *WATCHED)))
+    return [functools.partial(analyze_oscillation, settings, workers=arguments.workers) for settings in found]
 
 
 def robustness(arguments: RobustnessArguments) -> "list[Task]":
     from scalelong_fast.analysis import analyze_robustness
     from scalelong_fast.analysis.robustness import SCALES
 
-    return [functools.partial(analyze_robustness, with_training(SCALES[arguments.scale], arguments, "levels"))]
+    settings = with_training(SCALES[arguments.scale], arguments, "levels")
+    return [functools.partial(analyze_robustness, settings, workers=arguments.workers)]
 
 
 def learnt_kappa(arguments: LearntKappaArguments) -> "list[Task]":
     from scalelong_fast.analysis import analyze_learnt_kappa
     from scalelong_fast.analysis.learnt_kappa import SCALES
 
-    return [functools.partial(analyze_learnt_kappa, with_training(SCALES[arguments.scale], arguments, "runs"))]
+    settings = with_training(SCALES[arguments.scale], arguments, "runs")
+    return [functools.partial(analyze_learnt_kappa, settings, workers=arguments.workers)]
 
 
 ANALYSES = {

@@ -1,0 +1,140 @@
+"""The commands of the benchmarks of whole training steps: ``uvit`` and ``unet``, or both as ``models``."""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import environment
+from benchmarks.model_steps import (
+    DIRECTIONS,
+    WARM_UP_STEPS,
+    LossMismatchError,
+    Suite,
+    identity,
+    kept_records,
+    measure,
+)
+from benchmarks.screen import Screen
+from benchmarks.timing import check_seconds
+from scalelong_fast.errors import check_range, invalid, unknown_name
+from scalelong_fast.models import ModelConfig
+from scalelong_fast.training.checkpoint import write_json
+from scalelong_fast.training.config import TrainConfig
+from scalelong_fast.training.hardware import resolve_execution
+
+
+def run(
+    suite: Suite,
+    args: Sequence[str],
+    *,
+    models: Mapping[str, ModelConfig] | None = None,
+    names: Sequence[str] | None = None,
+) -> int:
+    """Run the command of a suite; returns the exit code. The keywords shrink the benchmark for tests."""
+    begun = time.perf_counter()
+    options = _parser(suite).parse_args(args)
+    check_range("--rounds", options.rounds, low=1, integer=True)
+    check_seconds(options.seconds)
+    device = resolve_execution(TrainConfig(device=options.device, compile="off")).device
+    gpu = device.type == "cuda"
+    steps = (5 if gpu else 1) if options.steps is None else options.steps
+    check_range("--steps", steps, low=1, integer=True)
+    if options.batch_size is not None:
+        check_range("--batch-size", options.batch_size, low=1, integer=True)
+    models = dict(models or suite.models(device))
+    for label in options.model or ():
+        if label not in models:
+            if label in suite.presets:
+                raise invalid("--model", label, f"{', '.join(models)} on this device")
+            raise unknown_name("--model", label, models)
+    chosen = {label: config for label, config in models.items() if label in (options.model or models)}
+    for name in options.recipe or ():
+        if name not in suite.recipes:
+            raise unknown_name("--recipe", name, suite.recipes)
+    wanted = options.recipe or names or suite.recipes
+    for direction in options.direction or ():
+        if direction not in DIRECTIONS:
+            raise unknown_name("--direction", direction, DIRECTIONS)
+    screen = Screen(width=None if sys.stdout.isatty() else 170)
+    where = environment.describe(device)
+    path = options.out or environment.RESULTS / where["machine"] / f"{suite.command}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = {"rounds": options.rounds, "steps_per_round": steps, "warm_up_steps": WARM_UP_STEPS}
+    records = kept_records(path, where, settings)
+    faults: list[str] = []
+    for number, (label, config) in enumerate(chosen.items()):
+        batch_size = suite.batch_size(label, device) if options.batch_size is None else options.batch_size
+        label, config = suite.adjusted(label, config, options)
+        try:
+            new = measure(
+                suite,
+                label,
+                config,
+                device,
+                batch_size=batch_size,
+                rounds=options.rounds,
+                steps=steps,
+                compiled=gpu if options.compile is None else options.compile,
+                names=[name for name in suite.recipes if name in wanted],
+                screen=screen,
+                directions=[direction for direction in DIRECTIONS if direction in (options.direction or DIRECTIONS)],
+                seconds=(options.seconds - (time.perf_counter() - begun)) / (len(chosen) - number),
+            )
+        except LossMismatchError as error:
+            screen.print(f"benchmarks: error: {label}: {error}", style="red")
+            return 1
+        faults += new.faults
+        if not new.records:
+            continue
+        own = identity(new.records[0])
+        records = [record for record in records if identity(record) != own] + new.records
+        write_json(path, {"environment": where, "settings": settings, "ceilings": new.limits, "records": records})
+        headings, rows = suite.table(new.records)
+        screen.table("Training step", headings, rows, text_columns=2)
+    for fault in faults:
+        screen.print(f"benchmarks: error: {fault}", style="red")
+    screen.print(f"Written to {path}.")
+    return 1 if faults else 0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that the suites share."""
+    parser.add_argument("--device", default="auto", help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--direction", action="append", help=f"may be repeated; of {', '.join(DIRECTIONS)} (default: all)"
+    )
+    parser.add_argument("--rounds", type=int, default=8, help="visits of each recipe (default: 8)")
+    parser.add_argument("--steps", type=int, help="timed steps of a visit (default: 5 on a GPU, 1 on a CPU)")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only, as it takes minutes"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="end after about this time: leave out recipes that there is no time to compile, make fewer rounds",
+    )
+
+
+def _parser(suite: Suite) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {suite.command}", description=suite.description)
+    parser.add_argument(
+        "--model", action="append", help=f"may be repeated; of {', '.join(suite.presets)} (default: all)"
+    )
+    parser.add_argument(
+        "--recipe", action="append", help=f"may be repeated; of {', '.join(suite.recipes)} (default: all)"
+    )
+    add_options(parser)
+    sizes = {kind: {suite.batch_size(label, torch.device(kind)) for label in suite.presets} for kind in ("cuda", "cpu")}
+    on_gpu, on_cpu = (" or ".join(map(str, sorted(sizes[kind]))) for kind in ("cuda", "cpu"))
+    parser.add_argument("--batch-size", type=int, help=f"images a step (default: {on_gpu} on a GPU, {on_cpu} on a CPU)")
+    parser.add_argument(
+        "--out", type=Path, help=f"result file (default: benchmarks/results/<machine>/{suite.command}.json)"
+    )
+    suite.add_options(parser)
+    return parser

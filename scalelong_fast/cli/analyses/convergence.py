@@ -1,0 +1,45 @@
+"""How soon networks learn: convergence."""
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING
+
+from scalelong_fast.cli.analyses.options import Analysis, TrainingOptions, with_training
+
+if TYPE_CHECKING:
+    from scalelong_fast.cli.analyses.options import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvergenceArguments(TrainingOptions):
+    """Steps and seconds to given losses and Fréchet distances, by scaling (ScaleLong Fig. 5)."""
+
+    every: int | None = None
+    """Steps between looks at the loss."""
+    sample_every: int | None = None
+    """Steps between looks at the samples; a multiple of --every."""
+    samples: int | None = None
+    """Images that a Fréchet distance is of."""
+    extractor: str | None = None
+    """Network whose features are compared: auto (digits on digits, inception elsewhere), what evaluate takes, or none
+    for the loss alone."""
+    loss_levels: tuple[float, ...] = ()
+    """Losses to reach; default: 1.25 times and 1.1 times what none of the same seed has at the end."""
+    distance_levels: tuple[float, ...] = ()
+    """Fréchet distances to reach; the same default."""
+
+
+def convergence(arguments: ConvergenceArguments) -> "list[Task]":
+    from scalelong_fast.analysis import analyze_convergence
+    from scalelong_fast.analysis.convergence import SCALES
+
+    own = ("every", "sample_every", "samples", "extractor", "loss_levels", "distance_levels")
+    settings = with_training(SCALES[arguments.scale], arguments, *own)
+    return [functools.partial(analyze_convergence, settings, workers=arguments.workers)]
+
+
+ANALYSES = {
+    "convergence": Analysis(
+        "steps and seconds to given losses and Fréchet distances (Fig. 5)", ConvergenceArguments, convergence
+    )
+}
