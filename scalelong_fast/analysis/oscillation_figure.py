@@ -29,7 +29,6 @@ def draw_oscillation(
             mean = [sum(row) / len(row) for row in blocks]
             axes.plot(found[0]["steps"], mean, linewidth=0.8, label=scaling)
         axes.set_ylabel(f"{label}, mean over blocks", fontsize="small")
-    features.legend(fontsize="x-small")
     features.tick_params(labelbottom=False)
     gradients.set_xlabel("step")
     _draw_indices(figure.add_subplot(grid[:, 1]), bands)

@@ -132,7 +132,9 @@ def test_oscillation_compares_scalings_over_seeds_and_goes_on_after_an_interrupt
     assert finding.data["bands"]["features"]["ls"]["count"] == 2
     assert "Fig. 1 and 12" in finding.sentence
     times = finding.data["bands"]["gradients"]["ls"]["mean"] / finding.data["bands"]["gradients"]["none"]["mean"]
-    assert re.search(rf"[;,:] gradients of (cs \([0-9.e+-]+ times\) and of )?ls \({times:.3g} times\)", finding.sentence)
+    assert re.search(
+        rf"[;,:] gradients of (cs \([0-9.e+-]+ times\) and of )?ls \({times:.3g} times\)", finding.sentence
+    )
     assert finding.data["loss"]["none"]["mean"] == pytest.approx(
         sum(e["loss"] for e in finding.data["records"]["none"]) / 2
     )
