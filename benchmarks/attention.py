@@ -12,7 +12,7 @@ import torch
 from benchmarks import environment
 from benchmarks.attention_cases import AttentionCase, cases, total_bytes, total_flop, variants
 from benchmarks.floors import DIRECTIONS
-from benchmarks.model_steps import kept_records
+from benchmarks.kept import kept_records, merge
 from benchmarks.ops import Outcome, measure_case
 from benchmarks.report_attention import attention_rows
 from benchmarks.screen import Screen
@@ -130,7 +130,7 @@ def main(
             outcomes = measure_case(case, device, rounds=rounds, visit_seconds=visit_seconds, variants_of=variants)
             faults += [f"{case}: {one.variant.name}: {one.note}" for one in outcomes if one.failed]
             new = records_of(case, outcomes, limits, hashes)
-            records = [record for record in records if _identity(record) != _identity(new[0])] + new
+            records = merge(records, new, _identity, screen)
             write_json(path, {"environment": where, "settings": settings, "ceilings": limits, "records": records})
             advance()
     screen.table("Attention", *attention_rows(records), text_columns=4)

@@ -185,7 +185,8 @@ def factors(target: Target, asm: Mapping[str, Any], warps: int) -> dict[str, Any
 
     Returns:
         ``tile_loads``, ``tile_stores``, ``vector_loads`` and ``vector_stores``: the largest factor of any place in a
-        trip of its innermost loop, ``None`` where there is no such access. ``ahead``: tiles that are loaded before
+        trip of its innermost loop, ``None`` where there is no such access. Where no tile has a place in AMD's code, its
+        accesses without one are shared out among what lacks them. ``ahead``: tiles that are loaded before
         their loop begins, as software pipelines do; the loop then leaves out as many. ``unplaced``: bytes of accesses
         that name no place of the source, beyond what its places lack, in units of the smallest tile.
     """
@@ -219,10 +220,13 @@ def factors(target: Target, asm: Mapping[str, Any], warps: int) -> dict[str, Any
             found["ahead"] = max(found["ahead"], round(ahead, 3))
     # What LLVM lifts out of branches names no place, and the places that it comes from lack it.
     lost = [access for key, own in by_place.items() if key not in used for access in own]
-    unplaced = sum(
-        max(0.0, sum(access.size for access in lost if access.kind == kind) - short) for kind, short in lacking.items()
-    )
-    found["unplaced"] = round(unplaced / min((asked.size for asked in source if asked.tile), default=threads), 3)
+    sizes = {kind: sum(access.size for access in lost if access.kind == kind) for kind in lacking}
+    unit = min((asked.size for asked in source if asked.tile), default=threads)
+    found["unplaced"] = round(sum(max(0.0, sizes[kind] - short) for kind, short in lacking.items()) / unit, 3)
+    for kind, short in lacking.items():
+        # LLVM joins the branches of all stores of a kernel for AMD; less than a tile means that the code was not read.
+        if target.backend == "hip" and found[f"tile_{kind}"] == 0 and sizes[kind] >= unit:
+            found[f"tile_{kind}"] = round(min(1.0, sizes[kind] / short), 3)
     return found
 
 
@@ -233,6 +237,12 @@ def excess(kernel: str, target: str, found: Mapping[str, Any]) -> list[str]:
         f"{kind} every element of a tile {found[f'tile_{kind}']:g} times, its source once"
         for kind in ("loads", "stores")
         if (found[f"tile_{kind}"] or 0) > allowed
+    ]
+    # Else text that another compiler writes in another way would pass for code that moves nothing.
+    faults += [
+        f"{kind} no tile, and its source does: the code was not understood"
+        for kind in ("loads", "stores")
+        if found[f"tile_{kind}"] == 0
     ]
     if found["unplaced"] >= 1:
         faults.append(f"moves {found['unplaced']:g} tiles that no line of its source asks for")
@@ -255,5 +265,6 @@ def worst_factors(folder: Path = environment.RESULTS / "aot") -> dict[str, dict[
                 continue
             worst = found.setdefault(record["kernel"], {"loads": 1.0, "stores": 1.0})
             for kind in () if (record["kernel"], record["target"]) in EXPLAINED else worst:
-                worst[kind] = max(worst[kind], record["factors"][f"tile_{kind}"] or 1.0)
+                factor = record["factors"][f"tile_{kind}"]
+                worst[kind] = worst[kind] if factor is None else max(worst[kind], factor)
     return {kernel: worst for kernel, worst in found.items() if kernel not in old}

@@ -69,12 +69,12 @@ DONE, FAILED, STOPPED, NO_TIME = "done", "failed", "stopped: out of time", "not 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a part: one of the words above, the seconds it took, and its result file."""
+    """What came of a part: one of the words above, the seconds it took, and its result file, None if it wrote none."""
 
     name: str
     verdict: str
     seconds: float
-    path: Path
+    path: Path | None
 
 
 def command_of(name: str, part: Part, seconds: float, path: Path) -> list[str]:
@@ -102,12 +102,23 @@ def run_parts(names: Sequence[str], folder: Path, seconds: float, screen: Screen
         path = folder / (part.folder or machine) / f"{name}.json"
         share = (end - start) * part.weight / sum(PARTS[later].weight for later in names[number:])
         if share < _LEAST_SECONDS:
-            outcomes.append(Outcome(name, NO_TIME, 0.0, path))
+            outcomes.append(Outcome(name, NO_TIME, 0.0, None))
             continue
         screen.print(f"[{number + 1}/{len(names)}] {name}: about {share:.0f} s", style="bold")
+        before = written(path)
         code = run_process(command_of(name, part, _TOLD * share, path), end - start)
-        outcomes.append(Outcome(name, verdict_of(code), time.perf_counter() - start, path))
+        own = path if written(path) != before else None  # an older file is not what this part measured
+        outcomes.append(Outcome(name, verdict_of(code), time.perf_counter() - start, own))
     return outcomes
+
+
+def written(path: Path) -> tuple[int, int] | None:
+    """What changes whenever a file is written; None where there is none. Files are replaced, so that inodes differ."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino
 
 
 def verdict_of(code: int | None) -> str:
@@ -133,7 +144,7 @@ def run_process(command: Sequence[str], seconds: float) -> int | None:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run the command; returns 1 where a part failed or was stopped."""
+    """Run the command; returns 1 where a part failed or was stopped, or none had time."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks cpu",
         description="Measure what a CPU can at reduced shapes, each part in a process of its own, then put all on one "
@@ -168,17 +179,20 @@ def main(args: Sequence[str]) -> int:
         report += ["--results", str(folder), "--html", str(page)]
     start = time.perf_counter()
     code = run_process(report, _REPORT_LIMIT)
-    outcomes.append(Outcome("report", verdict_of(code), time.perf_counter() - start, page))
+    outcomes.append(Outcome("report", verdict_of(code), time.perf_counter() - start, page if page.is_file() else None))
     rows = [[one.name, f"{one.seconds:.0f}", shown(one.path), one.verdict] for one in outcomes]
     screen.table(f"{time.perf_counter() - begun:.0f} s altogether", ("part", "seconds", "result", "outcome"), rows)
     bad = [one.name for one in outcomes if one.verdict in (FAILED, STOPPED)]
     if bad:
         screen.print(f"benchmarks: error: {', '.join(bad)}: see above.", style="red")
+    elif not any(one.verdict == DONE for one in outcomes[:-1]):
+        bad = names
+        screen.print("benchmarks: error: no part had time; give it more --minutes.", style="red")
     return int(bool(bad))
 
 
-def shown(path: Path) -> str:
+def shown(path: Path | None) -> str:
     """A result's path, relative to the repository where it lies there; a dash where there is none."""
-    if not path.is_file():
+    if path is None:
         return "–"
     return str(path.relative_to(environment.ROOT) if path.is_relative_to(environment.ROOT) else path)

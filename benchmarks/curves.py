@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from benchmarks import environment, unet, uvit
-from benchmarks.model_steps import LossMismatchError, Suite, kept_records, measure
+from benchmarks.kept import kept_records, merge
+from benchmarks.model_steps import LossMismatchError, Suite, measure
 from benchmarks.report_curves import SWEEPS, curves_rows
 from benchmarks.screen import Screen
 from benchmarks.timing import check_seconds
@@ -191,7 +192,6 @@ def measure_model(
         if now > end:
             timing.screen.print(f"Time is up; not measured: {title}.")
             continue
-        torch.compiler.reset()  # one function's compiled forms are limited in number
         new = measure(
             suite,
             title,
@@ -245,8 +245,7 @@ def main(args: Sequence[str], *, chosen: Mapping[str, Curves] | None = None) -> 
 
     def keep(new: Sequence[dict[str, Any]]) -> None:
         nonlocal records
-        measured = {_identity(record) for record in new}
-        records = [record for record in records if _identity(record) not in measured] + list(new)
+        records = merge(records, new, _identity, screen)
         write_json(path, {"environment": where, "settings": settings, "ceilings": limits, "records": records})
 
     for number, (label, model) in enumerate(found.items()):

@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from torch import nn
 
 from benchmarks import environment
-from benchmarks.model_steps import LossMismatchError, kept_records
+from benchmarks.kept import kept_records, merge
+from benchmarks.model_steps import described
 from benchmarks.op_timing import peak_bytes
 from benchmarks.report_inference import inference_rows
 from benchmarks.sampling import (
@@ -43,18 +45,87 @@ from scalelong_fast.training.hardware import resolve_execution
 
 #: Seconds for all.
 SECONDS = {"cuda": 480.0, "cpu": 170.0}
+#: Share of the time of a model and batch after which no further network is compiled.
+COMPILING = 0.6
+
+
+@dataclass
+class Ready:
+    """Networks of one model and batch that predict the right noise, by name; all samplers use the same ones.
+
+    Attributes:
+        networks: to be sampled with.
+        errors: of the noise.
+        peaks: most bytes held during a call above what was held before it.
+        files: whose code a sampling runs, and their hash.
+        faults: a line for each that failed.
+    """
+
+    networks: dict[str, nn.Module] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+    files: dict[str, tuple[tuple[str, ...], str | None]] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+
+def prepare(
+    label: str,
+    config: Any,
+    device: torch.device,
+    *,
+    batch_size: int,
+    kinds: Sequence[str],
+    screen: Screen,
+    autocast: torch.dtype | None,
+    deadline: float = math.inf,
+) -> Ready:
+    """Build the networks, and check what they predict; arguments as for :func:`measure`.
+
+    Args:
+        deadline: reading of ``time.perf_counter`` after which no network is compiled.
+    """
+    torch.compiler.reset()  # one function's compiled forms are limited in number
+    shape = (config.in_chans, config.img_size, config.img_size)
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(batch_size, *shape, generator=generator), torch.rand(batch_size, generator=generator) * 999
+    inputs = x.to(device), t.to(device), labels_of(config, batch_size, device)
+    ready = Ready()
+    plain = {scaling: build(config, "eager", scaling, device) for scaling in SCALINGS}
+    # What compiles comes last: it may take all the time there is.
+    for kind, scaling in itertools.product(sorted(kinds, key=is_compiled), SCALINGS):
+        name = f"{kind}_{scaling}"
+        if is_compiled(kind) and time.perf_counter() > deadline:
+            screen.print(f"Time is up; not measured: {label}, batch {batch_size}, {name}.")
+            continue
+        files = sources(config, kind, scaling)
+        ready.files[name] = files, environment.source_hash(files)
+        try:
+            network = plain[scaling] if kind == "eager" else build(config, kind, scaling, device)
+            error = noise_error(f"{label}, {name}", network, plain[scaling], inputs, autocast)
+            ready.peaks[name] = peak_bytes(functools.partial(predict, network, inputs, autocast), device)
+        except Exception as fault:  # compilers and drivers raise anything; the other networks are still wanted
+            ready.faults.append(described(f"{label}, batch {batch_size}, {name}", fault))
+            screen.print(ready.faults[-1], style="red")
+            continue
+        ready.networks[name], ready.errors[name] = network, error
+    return ready
+
+
+def is_compiled(kind: str) -> bool:
+    """Whether networks of a kind go through torch.compile."""
+    return kind.endswith("compile")
 
 
 def measure(
     label: str,
     config: Any,
     device: torch.device,
+    ready: Ready,
     *,
     sampler: str,
     batch_size: int,
     steps: int,
     rounds: int,
-    kinds: Sequence[str],
     screen: Screen,
     autocast: torch.dtype | None,
     deadline: float = math.inf,
@@ -64,37 +135,17 @@ def measure(
     Args:
         label, config: the model's name in results, and its configuration.
         device: where.
+        ready: the networks.
         sampler, batch_size, steps: of a sampling.
         rounds: samplings of each.
-        kinds: of :data:`KINDS`, ``eager`` among them.
         screen: where progress goes.
         autocast: dtype, or None.
         deadline: as for :func:`~benchmarks.timing.rotate`.
 
     Returns:
         JSON-ready records.
-
-    Raises:
-        LossMismatchError: a kind predicts other noise.
     """
-    torch.compiler.reset()  # one function's compiled forms are limited in number
     shape = (config.in_chans, config.img_size, config.img_size)
-    generator = torch.Generator().manual_seed(0)
-    x, t = torch.randn(batch_size, *shape, generator=generator), torch.rand(batch_size, generator=generator) * 999
-    inputs = x.to(device), t.to(device), labels_of(config, batch_size, device)
-    ready: dict[str, nn.Module] = {}
-    errors: dict[str, float] = {}
-    peaks: dict[str, int] = {}
-    hashes: dict[str, tuple[tuple[str, ...], str | None]] = {}
-    for scaling in SCALINGS:
-        plain = build(config, "eager", scaling, device)
-        for kind in kinds:
-            name = f"{kind}_{scaling}"
-            files = sources(config, kind, scaling)
-            hashes[name] = files, environment.source_hash(files)
-            ready[name] = build(config, kind, scaling, device)
-            errors[name] = noise_error(f"{label}, {name}", ready[name], plain, inputs, autocast)
-            peaks[name] = peak_bytes(functools.partial(predict, ready[name], inputs, autocast), device)
 
     def visit(model: nn.Module) -> float:
         synchronize(device)
@@ -102,16 +153,30 @@ def measure(
         sample(model, config, device, sampler=sampler, batch_size=batch_size, steps=steps, autocast=autocast)
         return time.perf_counter() - start
 
-    visits: dict[str, Callable[[], float]] = {name: functools.partial(visit, model) for name, model in ready.items()}
-    for run in visits.values():
-        run()
+    networks = {f"{kind}_{s}": ready.networks.get(f"{kind}_{s}") for s in SCALINGS for kind in KINDS}
+    visits: dict[str, Callable[[], float]] = {}
+    for name, network in networks.items():
+        if network is None:
+            continue
+        run = functools.partial(visit, network)
+        try:
+            run()
+        except Exception as fault:  # as in preparing
+            ready.faults.append(described(f"{label}, {sampler}, batch {batch_size}, {name}", fault))
+            screen.print(ready.faults[-1], style="red")
+            continue
+        visits[name] = run
     with screen.progress(f"{label}, {sampler}, batch {batch_size}", rounds * len(visits)) as advance:
         times = rotate(visits, rounds=rounds, tick=lambda name: advance(), deadline=deadline)
+
+    def over(name: str, other: str) -> float | None:
+        return round(1 / round_speed_up(times[other], times[name]), 4) if other in times else None
+
     records = []
-    for name in ready:
+    for name in visits:
         kind, scaling = name.rsplit("_", 1)
         summary = summarize(times[name])
-        files, digest = hashes[name]
+        files, digest = ready.files[name]
         records.append(
             {
                 "model": label,
@@ -120,7 +185,7 @@ def measure(
                 "direction": "sample",
                 "variant": name,
                 "scaling": scaling,
-                "compiled": kind.endswith("compile"),
+                "compiled": is_compiled(kind),
                 "sampler": sampler,
                 "steps": steps,
                 "rounds": len(times[name]),
@@ -128,10 +193,10 @@ def measure(
                 "p20_us": round(summary.p20 * 1e6, 1),
                 "p80_us": round(summary.p80 * 1e6, 1),
                 "images_per_second": round(batch_size / summary.median, 3),
-                "peak_mib": round(peaks[name] / 2**20, 2),
-                "rel_error": errors[name],
-                "time_over_eager": round(1 / round_speed_up(times[f"eager_{scaling}"], times[name]), 4),
-                "time_over_no_scaling": round(1 / round_speed_up(times[f"{kind}_none"], times[name]), 4),
+                "peak_mib": round(ready.peaks[name] / 2**20, 2),
+                "rel_error": ready.errors[name],
+                "time_over_eager": over(name, f"eager_{scaling}"),
+                "time_over_no_scaling": over(name, f"{kind}_none"),
                 "sources": list(files),
                 "source_sha256": digest,
             }
@@ -167,38 +232,46 @@ def main(args: Sequence[str], *, chosen: Mapping[str, Any] | None = None) -> int
     records = kept_records(path, where, settings)
     limits = environment.ceilings(device)
     labels = [label for label in found if label in (options.model or found)]
-    # All models with one sampler before any with another, should time run out.
-    samplings = list(itertools.product(options.sampler or SAMPLERS, labels, options.batch_size or BATCHES[device.type]))
+    samplers = options.sampler or SAMPLERS
+    pairs = list(itertools.product(labels, options.batch_size or BATCHES[device.type]))
+    autocast = execution.autocast if device.type == "cuda" else None
+    faults: list[str] = []
     begun = time.perf_counter()
-    for number, (sampler, label, batch_size) in enumerate(samplings, start=1):
-        if time.perf_counter() > begun + budget:
-            screen.print(f"Time is up; not measured: {label}, {sampler}, batch {batch_size}.")
-            continue
-        try:
+    for number, (label, batch_size) in enumerate(pairs, start=1):
+        config, start = _plain(found[label]), time.perf_counter()
+        ready = None
+        # What one leaves of its time is the next one's.
+        end = begun + budget * number / len(pairs)
+        for index, sampler in enumerate(samplers):
+            now = time.perf_counter()
+            if now > begun + budget:
+                screen.print(f"Time is up; not measured: {label}, {sampler}, batch {batch_size}.")
+                continue
+            same = {"batch_size": batch_size, "screen": screen, "autocast": autocast}
+            if ready is None:
+                ready = prepare(label, config, device, kinds=kinds, deadline=start + COMPILING * (end - start), **same)
+                now = time.perf_counter()
             new = measure(
                 label,
-                _plain(found[label]),
+                config,
                 device,
+                ready,
                 sampler=sampler,
-                batch_size=batch_size,
                 steps=options.steps,
                 rounds=options.rounds,
-                kinds=kinds,
-                screen=screen,
-                autocast=execution.autocast if device.type == "cuda" else None,
-                # What one leaves of its time is the next one's.
-                deadline=begun + budget * number / len(samplings),
+                deadline=now + (end - now) / (len(samplers) - index),
+                **same,
             )
-        except LossMismatchError as error:
-            screen.print(f"benchmarks: error: {error}", style="red")
-            return 1
-        ours = {_identity(record) for record in new}
-        records = [record for record in records if _identity(record) not in ours] + new
-        write_json(path, {"environment": where, "settings": settings, "ceilings": limits, "records": records})
-        screen.table("Sampling", *inference_rows(new), text_columns=3)
+            if new:
+                records = merge(records, new, _identity, screen)
+                write_json(path, {"environment": where, "settings": settings, "ceilings": limits, "records": records})
+                screen.table("Sampling", *inference_rows(new), text_columns=3)
+        faults += [] if ready is None else ready.faults
+    for fault in faults:
+        screen.print(f"benchmarks: error: {fault}", style="red")
     if records:
         screen.print(f"Written to {path}.")
-    return 0
+    return 1 if faults else 0
 
 
 def _plain(config: Any) -> Any:

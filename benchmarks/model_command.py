@@ -1,6 +1,7 @@
 """The commands of the benchmarks of whole training steps: ``uvit`` and ``unet``, or both as ``models``."""
 
 import argparse
+import dataclasses
 import math
 import sys
 import time
@@ -10,13 +11,13 @@ from pathlib import Path
 import torch
 
 from benchmarks import environment
+from benchmarks.kept import kept_records, merge
 from benchmarks.model_steps import (
     DIRECTIONS,
     WARM_UP_STEPS,
     LossMismatchError,
     Suite,
     identity,
-    kept_records,
     measure,
 )
 from benchmarks.screen import Screen
@@ -24,7 +25,7 @@ from benchmarks.timing import check_seconds
 from scalelong_fast.errors import check_range, invalid, unknown_name
 from scalelong_fast.models import ModelConfig
 from scalelong_fast.training.checkpoint import write_json
-from scalelong_fast.training.config import TrainConfig
+from scalelong_fast.training.config import Precision, TrainConfig
 from scalelong_fast.training.hardware import resolve_execution
 
 
@@ -46,6 +47,7 @@ def run(
     check_range("--steps", steps, low=1, integer=True)
     if options.batch_size is not None:
         check_range("--batch-size", options.batch_size, low=1, integer=True)
+    suite = in_precision(suite, options.precision)
     models = dict(models or suite.models(device))
     for label in options.model or ():
         if label not in models:
@@ -66,10 +68,14 @@ def run(
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = {"rounds": options.rounds, "steps_per_round": steps, "warm_up_steps": WARM_UP_STEPS}
     records = kept_records(path, where, settings)
+    compiled = gpu if options.compile is None else options.compile
     faults: list[str] = []
+    measured = written = False
     for number, (label, config) in enumerate(chosen.items()):
         batch_size = suite.batch_size(label, device) if options.batch_size is None else options.batch_size
         label, config = suite.adjusted(label, config, options)
+        if options.precision != "auto":
+            label = f"{label}, {options.precision}"
         try:
             new = measure(
                 suite,
@@ -79,7 +85,7 @@ def run(
                 batch_size=batch_size,
                 rounds=options.rounds,
                 steps=steps,
-                compiled=gpu if options.compile is None else options.compile,
+                compiled=compiled,
                 names=[name for name in suite.recipes if name in wanted],
                 screen=screen,
                 directions=[direction for direction in DIRECTIONS if direction in (options.direction or DIRECTIONS)],
@@ -91,15 +97,31 @@ def run(
         faults += new.faults
         if not new.records:
             continue
-        own = identity(new.records[0])
-        records = [record for record in records if identity(record) != own] + new.records
-        write_json(path, {"environment": where, "settings": settings, "ceilings": new.limits, "records": records})
+        measured = True
+        merged = merge(records, new.records, identity, screen)
+        if merged != records:
+            records, written = merged, True
+            write_json(path, {"environment": where, "settings": settings, "ceilings": new.limits, "records": records})
         headings, rows = suite.table(new.records)
         screen.table("Training step", headings, rows, text_columns=2)
     for fault in faults:
         screen.print(f"benchmarks: error: {fault}", style="red")
-    screen.print(f"Written to {path}.")
+    if not measured and not faults:
+        mend = "" if compiled else "Recipes that compile need --compile here."
+        raise invalid("--recipe", ", ".join(wanted), "one that the model can have on this device", mend)
+    if written:
+        screen.print(f"Written to {path}.")
     return 1 if faults else 0
+
+
+def in_precision(suite: Suite, precision: Precision) -> Suite:
+    """The suite with all its recipes in another precision."""
+
+    class Bench(suite.bench):
+        def _train(self, compiled: bool) -> TrainConfig:
+            return dataclasses.replace(super()._train(compiled), precision=precision)
+
+    return dataclasses.replace(suite, bench=Bench)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +129,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...")
     parser.add_argument(
         "--direction", action="append", help=f"may be repeated; of {', '.join(DIRECTIONS)} (default: all)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32"),
+        default="auto",
+        help="auto: what the device computes in best, the authors' recipe on a GPU fp16; fp32: all recipes, rows apart",
     )
     parser.add_argument("--rounds", type=int, default=8, help="visits of each recipe (default: 8)")
     parser.add_argument("--steps", type=int, help="timed steps of a visit (default: 5 on a GPU, 1 on a CPU)")

@@ -6,20 +6,19 @@ say besides. :mod:`benchmarks.model_command` makes a command of it.
 
 import argparse
 import dataclasses
-import json
 import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import environment
+from benchmarks import environment, model_check
 from benchmarks.authors_recipe import AuthorsStep
+from benchmarks.model_check import Built, Errors, LossMismatchError, Outcome
 from benchmarks.op_timing import host_seconds, peak_bytes
 from benchmarks.report_models import references
 from benchmarks.screen import Screen
@@ -30,18 +29,17 @@ from scalelong_fast.models import ModelConfig
 from scalelong_fast.models.registry import model_config
 from scalelong_fast.training.batches import Draw
 from scalelong_fast.training.config import RunConfig, TrainConfig
-from scalelong_fast.training.hardware import Execution, resolve_execution
+from scalelong_fast.training.hardware import Execution, fp32_products, resolve_execution
 from scalelong_fast.training.step import TrainStep
 
-#: Largest relative difference of a first loss from that of the plain model in float32.
-TOLERANCE = 2e-2
 WARM_UP_STEPS = 3
 SEED = 0
 #: What of a recipe is timed, and how a budget of time is shared: the loss with its graph; and its gradients; and the
 #: optimiser and the average.
 DIRECTIONS = {"fwd": 1, "fwd_bwd": 3, "step": 3}
-#: Share of a budget after which no further recipe is prepared.
-_PREPARING = 0.6
+#: Share of a budget after which no further recipe is prepared, and by which one that compiles must be ready, going by
+#: the longest so far.
+_PREPARING, _COMPILED = 0.6, 0.75
 #: Calls whose host time is read.
 _HOST_CALLS = 10
 
@@ -58,24 +56,6 @@ class Recipe(Protocol):
         """Whether torch.compile may be used."""
 
 
-class Built(NamedTuple):
-    """A recipe as functions.
-
-    Attributes:
-        take: takes the next training step; returns the loss.
-        loss: returns the loss of the first draw, with its graph.
-        model: whose gradients they compute.
-    """
-
-    take: Callable[[], Tensor]
-    loss: Callable[[], Tensor]
-    model: nn.Module
-
-
-class LossMismatchError(RuntimeError):
-    """A recipe computes another loss than the plain model in float32, so that its time would mean nothing."""
-
-
 class StepBench:
     """Builds recipes of one model on one device, from equal weights.
 
@@ -88,9 +68,11 @@ class StepBench:
 
     def __init__(self, config: Any, device: torch.device, batch_size: int, compiled: bool):
         self.config, self.device, self.batch_size, self.compiled = config, device, batch_size, compiled
-        self._losses: dict[str, float] = {}
+        self._exact: dict[str, Outcome] = {}
+        self._usual: dict[tuple[str, torch.dtype | None], Errors] = {}
         generator = torch.Generator().manual_seed(SEED)
         self.draws = [self._draw(generator) for _ in range(2)]
+        self.schedule = create_schedule("vpsde").to(device)
         torch.manual_seed(SEED)
 
     def _draw(self, generator: torch.Generator) -> Draw:
@@ -125,22 +107,41 @@ class StepBench:
 
     def build(self, recipe: Any) -> Built:
         """The recipe as functions."""
-        model = self.model(recipe)
-        config = RunConfig(model=model.config, train=self._train(recipe.compiled))
-        step = TrainStep(model, create_schedule("vpsde").to(self.device), config, self.execution(recipe.compiled))
+        return self._ours(self.model(recipe), self._train(recipe.compiled))
+
+    def _ours(self, model: nn.Module, train: TrainConfig) -> Built:
+        """A model in our training step."""
+        execution = resolve_execution(train)
+        step = TrainStep(model, self.schedule, RunConfig(model=model.config, train=train), execution)
         first = self.draws[0]
         count = 0
 
         def take() -> Tensor:
             nonlocal count
             count += 1
-            return step(count - 1, self.draws[count % len(self.draws)])
+            draw = self.draws[count % len(self.draws)]
+            # Times and noise are drawn in every step, as the authors' step does.
+            fresh = dataclasses.replace(draw, noise=torch.randn_like(draw.x0), u=torch.rand_like(draw.u))
+            return step(count - 1, fresh)
 
-        return Built(take, lambda: step.loss_fn(first.x0, first.noise, first.u, first.labels), model)
+        def loss() -> Tensor:
+            return step.loss_fn(first.x0, first.noise, first.u, first.labels)
+
+        return Built(take, loss, model, lambda: self._predict(model, execution.autocast))
+
+    def _predict(self, network: nn.Module, autocast: torch.dtype | None) -> Tensor:
+        """The noise that a network predicts from the first draw."""
+        first = self.draws[0]
+        times = self.schedule.times(first.u)
+        alpha, sigma = (part.view(-1, 1, 1, 1) for part in self.schedule.alpha_sigma(times))
+        noisy = alpha * first.x0 + sigma * first.noise
+        with torch.autocast(self.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            return network(noisy, self.schedule.model_timesteps(times), first.labels)
 
     def authors(self, model: nn.Module, recipe: Any) -> Built:
         """A model in the authors' training step."""
-        step = AuthorsStep(model, self.autocast(recipe), self.execution(recipe.compiled).compiled)
+        autocast = self.autocast(recipe)
+        step = AuthorsStep(model, autocast, self.execution(recipe.compiled).compiled)
         first = self.draws[0]
         count = 0
 
@@ -150,27 +151,37 @@ class StepBench:
             draw = self.draws[count % len(self.draws)]
             return step(draw.x0, draw.labels)
 
-        return Built(take, lambda: step.loss(first.x0, first.u, first.noise, first.labels).mean(), model)
+        def loss() -> Tensor:
+            return step.loss(first.x0, first.u, first.noise, first.labels).mean()
+
+        return Built(take, loss, model, lambda: self._predict(step.network, autocast))
 
     def authors_autocast(self) -> torch.dtype | None:
         """The dtype of their recipe: fp16 on a GPU, as the published command has it; elsewhere that of ours."""
         own = self.execution(False).autocast
         return torch.float16 if own is not None and self.device.type == "cuda" else own
 
-    def reference_loss(self, scaling: str) -> float:
-        """The first draw's loss of the plain model in float32."""
-        if scaling not in self._losses:
-            self._losses[scaling] = self._reference_loss(scaling)
-        return self._losses[scaling]
+    def check(self, name: str, recipe: Any, built: Built) -> Errors:
+        """Errors of a recipe against the plain model in float32.
 
-    def _reference_loss(self, scaling: str) -> float:
-        model = self.plain_model(scaling)
-        train = dataclasses.replace(self._train(False), precision="fp32")
-        config = RunConfig(model=model.config, train=train)
-        step = TrainStep(model, create_schedule("vpsde").to(self.device), config, resolve_execution(train))
-        first = self.draws[0]
-        with torch.no_grad():
-            return float(step.loss_fn(first.x0, first.noise, first.u, first.labels))
+        Raises:
+            LossMismatchError: they are larger than its precision explains.
+        """
+        scaling, autocast = recipe.scaling, self.autocast(recipe)
+        if scaling not in self._exact:
+            with fp32_products(self.device, tf32=False):
+                self._exact[scaling] = self._plain_outcome(scaling, None)
+        exact = self._exact[scaling]
+        if (scaling, autocast) not in self._usual:
+            self._usual[scaling, autocast] = model_check.errors(self._plain_outcome(scaling, autocast), exact)
+        own = model_check.errors(model_check.outcome(built, autocast), exact)
+        model_check.check(name, own, self._usual[scaling, autocast])
+        return own
+
+    def _plain_outcome(self, scaling: str, autocast: torch.dtype | None) -> Outcome:
+        names = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        train = dataclasses.replace(self._train(False), precision=names[autocast])
+        return model_check.outcome(self._ours(self.plain_model(scaling), train), autocast)
 
 
 @dataclass
@@ -179,13 +190,13 @@ class Ready:
 
     Attributes:
         calls: what is timed, by direction.
-        error: relative, of the first loss.
+        errors: relative to the plain model in float32.
         peaks: most bytes held during a call above what was held before it, by direction.
         host: seconds that the host needs to queue a call, by direction; empty where it computes itself.
     """
 
     calls: dict[str, Callable[[], object]]
-    error: float
+    errors: Errors
     peaks: dict[str, int]
     host: dict[str, float]
 
@@ -198,43 +209,66 @@ def calls_of(built: Built, directions: Sequence[str]) -> dict[str, Callable[[], 
 
     def forward_backward() -> None:
         built.loss().backward()
-        for parameter in built.model.parameters():
-            parameter.grad = None
+        model_check.forget_gradients(built.model)
 
     known = {"fwd": forward, "fwd_bwd": forward_backward, "step": built.take}
     return {direction: known[direction] for direction in directions}
 
 
 def prepare(bench: StepBench, name: str, recipe: Recipe, directions: Sequence[str] = ("step",)) -> Ready:
-    """Build a recipe, check its loss, warm it up, and read what a single call shows.
+    """Build a recipe, check what it computes, warm it up, and read what a single call shows.
 
     Raises:
-        LossMismatchError: its first loss is not that of the plain model in float32.
+        LossMismatchError: its prediction or gradients are not those of the plain model in float32.
     """
     device = bench.device
-    expected = bench.reference_loss(recipe.scaling)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     built = bench.build(recipe)
-    loss = float(built.loss().detach())
-    error = abs(loss - expected) / abs(expected)
-    if not error < TOLERANCE:
-        raise LossMismatchError(
-            f"{name}: with equal weights, images, times and noise its loss is {loss:.8g}, that of the plain model in "
-            f"float32 {expected:.8g}; the relative error {error:.2g} is not below {TOLERANCE:g}."
-        )
-    ready = Ready(calls_of(built, directions), error, {}, {})
     with warnings.catch_warnings():
         # A training run goes on eagerly where compiling fails; what is measured must be what it is called.
         warnings.filterwarnings("error", message="torch.compile failed")
+        ready = Ready(calls_of(built, directions), bench.check(name, recipe, built), {}, {})
         for direction, call in ready.calls.items():
             for _ in range(WARM_UP_STEPS):
                 call()
+            model_check.forget_gradients(built.model)  # the authors' step frees them when it begins, not when it ends
             ready.peaks[direction] = peak_bytes(call, device)
             if device.type == "cuda":
                 ready.host[direction] = host_seconds(call, device, samples=_HOST_CALLS)
+            model_check.forget_gradients(built.model)
     synchronize(device)
     return ready
+
+
+def free_bytes(device: torch.device) -> float:
+    """What PyTorch can still allocate on a GPU; a CPU's is taken to be enough."""
+    if device.type != "cuda":
+        return math.inf
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+class VisitError(RuntimeError):
+    """A recipe that had been prepared failed while it was timed; the only argument is its name."""
+
+
+def named(name: str, call: Callable[[], object]) -> Callable[[], object]:
+    """The call, whose exceptions say which recipe it belongs to."""
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as error:
+            raise VisitError(name) from error
+
+    return run
+
+
+def described(what: str, error: BaseException | None) -> str:
+    """One line about what failed."""
+    lines = str(error).strip().splitlines()
+    return f"{what}: {type(error).__name__}: {lines[0] if lines else ''}"
 
 
 @dataclass(frozen=True)
@@ -318,6 +352,7 @@ def measure(
         LossMismatchError: a recipe computes another loss.
     """
     begun = time.perf_counter()
+    torch.compiler.reset()  # one function's compiled forms are limited in number
     bench = suite.bench(config, device, batch_size, compiled)
     recipes = {name: suite.recipes[name] for name in names if suite.able(bench, suite.recipes[name])}
     lists = {name: suite.sources(recipe) for name, recipe in recipes.items()}
@@ -325,18 +360,28 @@ def measure(
     limits = environment.ceilings(device) if limits is None else dict(limits)
     found: dict[str, Ready] = {}
     faults = []
+    longest = 0.0  # seconds to compile a recipe
+    need = 0.0  # bytes of a recipe: all stay, as they are timed in turns
     for name in sorted(recipes, key=lambda name: recipes[name].compiled):  # compiling may take all the time there is
         start = time.perf_counter()
-        if found and start - begun > _PREPARING * seconds:
+        late = recipes[name].compiled and start - begun + longest > _COMPILED * seconds
+        if found and (late or start - begun > _PREPARING * seconds):
             screen.print(f"Time is up; not measured: {label}, {name}.")
+            continue
+        room = free_bytes(device)
+        if found and room < need:
+            screen.print(f"Memory is short; not measured: {label}, {name}.")
             continue
         try:
             found[name] = prepare(bench, name, recipes[name], directions)
+            if math.isfinite(room):
+                need = max(need, room - free_bytes(device) + max(found[name].peaks.values()))
+            if recipes[name].compiled:
+                longest = max(longest, time.perf_counter() - start)
         except LossMismatchError:
             raise
         except Exception as error:  # compilers and drivers raise anything; the other recipes are still wanted
-            lines = str(error).strip().splitlines()
-            faults.append(f"{label}, {name}: {type(error).__name__}: {lines[0] if lines else ''}")
+            faults.append(described(f"{label}, {name}", error))
             screen.print(faults[-1], style="red")
             continue
         screen.print(f"{label}, {name}: ready after {time.perf_counter() - start:.0f} s")
@@ -345,15 +390,23 @@ def measure(
     for number, direction in enumerate(directions):
         share = DIRECTIONS[direction] / sum(DIRECTIONS[later] for later in directions[number:])
         now = time.perf_counter()
-        with screen.progress(f"time {label}, {direction}", rounds * len(ready)) as advance:
-            times = interleave(
-                {name: one.calls[direction] for name, one in ready.items()},
-                rounds=rounds,
-                steps=steps,
-                wait=lambda: synchronize(device),
-                tick=lambda name: advance(),
-                deadline=now + share * (begun + seconds - now),
-            )
+        times: dict[str, list[float]] = {}
+        while ready and not times:
+            try:
+                with screen.progress(f"time {label}, {direction}", rounds * len(ready)) as advance:
+                    times = interleave(
+                        {name: named(name, one.calls[direction]) for name, one in ready.items()},
+                        rounds=rounds,
+                        steps=steps,
+                        wait=lambda: synchronize(device),
+                        tick=lambda name, advance=advance: advance(),
+                        deadline=now + share * (begun + seconds - now),
+                    )
+            except VisitError as error:  # no memory left, as a rule: the others are timed without it, from the start
+                name = str(error)
+                faults.append(described(f"{label}, {name}, {direction}", error.__cause__))
+                screen.print(faults[-1], style="red")
+                del ready[name], found[name]
         flop = suite.flop(config, direction) * batch_size
         for name, one in ready.items():
             recipe = recipes[name]
@@ -375,12 +428,11 @@ def measure(
                 "p20_us": round(summary.p20 * 1e6, 1),
                 "p80_us": round(summary.p80 * 1e6, 1),
                 "images_per_second": round(batch_size / summary.median, 2),
-                "bytes": None,
                 "flop": flop,
                 "mfu": round(flop / summary.median / 1e12 / ceiling, 4),
                 "peak_mib": round(one.peaks[direction] / 2**20, 1),
                 "host_us": None if host is None else round(host * 1e6, 1),
-                "rel_error": one.error,
+                "rel_error": one.errors.of(direction),
             }
             for field, reference in references(name).items():
                 ratio = 1 / round_speed_up(times[reference], times[name]) if reference in times else None
@@ -392,22 +444,8 @@ def measure(
 
 
 def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a run of the benchmark replaces: all recipes and directions of a model and batch."""
-    return record["model"], tuple(record["shape"])
-
-
-def kept_records(path: Path, where: Mapping[str, Any], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The records of earlier runs on the same machine and versions, with the same settings."""
-
-    def undated(environment: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in environment.items() if key != "date"}
-
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        same = undated(old["environment"]) == undated(where) and old["settings"] == dict(settings)
-        return old["records"] if same else []
-    except (OSError, ValueError, KeyError, TypeError):
-        return []  # missing or of another shape: it is written anew
+    """What records that were timed together share: all recipes of a model, batch and direction."""
+    return record["model"], tuple(record["shape"]), record["direction"]
 
 
 def preset_models(presets: Mapping[str, str], device: torch.device, reduced: Mapping[str, ModelConfig]):

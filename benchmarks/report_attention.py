@@ -64,8 +64,10 @@ def attention_table(result: Mapping[str, Any], root: Path) -> list[str]:
     timed = [group for group in groups(records) if _timed(group)]
     for row, group in zip(rows, timed, strict=True):
         row[3] += STALE * any(is_stale(record, root) for record in group.values())
+    rounds = [record.get("rounds", result["settings"]["rounds"]) for record in records]
+    spread = str(max(rounds)) if min(rounds) == max(rounds) else f"{min(rounds)} to {max(rounds)}"
     note = (
-        f"{result['settings']['rounds']} interleaved rounds; all but the first times are of forward and backward "
+        f"{spread} interleaved rounds; all but the first times are of forward and backward "
         "together. math: explicit products and softmax; authors_fp32: q, k and v raised to float32, as in the released "
         "code; cpu_op: ours, for bf16 on a CPU. Floor: the bytes that must move at the copy bandwidth, or the six "
         "products at that of a large matrix product of the dtype, whichever takes longer; the softmax is not in it. "

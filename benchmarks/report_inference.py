@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+#: Fields of a record that set its time against another's; None where that was not measured.
+RATIOS = ("time_over_eager", "time_over_no_scaling")
+
 
 def inference_rows(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of a table of records."""
@@ -18,8 +21,7 @@ def inference_rows(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], lis
             f"{record['median_us'] / 1e3:.4g}",
             f"{record['p20_us'] / 1e3:.4g} – {record['p80_us'] / 1e3:.4g}",
             f"{record['images_per_second']:.4g}",
-            f"{record['time_over_eager']:.3f}",
-            f"{record['time_over_no_scaling']:.3f}",
+            *("–" if record[over] is None else f"{record[over]:.3f}" for over in RATIOS),
             f"{record['peak_mib']:.4g}",
             f"{record['rel_error']:.1e}",
         ]

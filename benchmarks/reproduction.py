@@ -52,7 +52,7 @@ def section(name: str, found: Kept | None) -> list[str]:
     lines = [f"{found.sentence}{STALE if found.stale else ''}", ""]
     if name in TABLES:
         lines += [*TABLES[name](found.data), ""]
-    scale = f"`--scale {found.scale}`" if found.scale != "own settings" else "settings of its own"
+    scale = f"`--scale {found.scale}`" if found.scale != "own settings" else "with the settings it had then"
     return [
         *lines,
         f"![{name}](images/analysis/{name}.png)",
@@ -117,12 +117,15 @@ def main(
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks reproduction",
         description="Rewrite what docs/reproduction.md shows of docs/findings. Findings whose code has changed since "
-        "they were taken are marked as stale.",
+        "they were measured are marked as stale.",
     )
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the page would change")
     way.add_argument(
-        "--take", type=Path, metavar="DIR", help="first take the findings that scalelong-fast analyze --out DIR wrote"
+        "--take",
+        type=Path,
+        metavar="DIR",
+        help="first take the findings that scalelong-fast analyze --out DIR wrote with --scale digits",
     )
     options = parser.parse_args(args)
     if options.take is not None:

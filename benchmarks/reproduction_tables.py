@@ -40,7 +40,11 @@ def range_table(data: dict[str, Any]) -> list[str]:
 
 def robustness_table(data: dict[str, Any]) -> list[str]:
     """What each level of extra noise, the first being the smallest, does to each scaling's networks."""
-    labels = {"losses": "loss", "amplification": "‖UNet(x + δ) − UNet(x)‖ / ‖δ‖"}
+    labels = {
+        "losses": "loss",
+        "increase": "rise of the loss",
+        "amplification": "‖UNet(x + δ) − UNet(x)‖ / ‖δ‖",
+    }
     count = len(next(iter(data["bands"]["losses"].values())))
     rows = [
         [f"{labels[what]}, {scaling}", *(_band(band) for band in bands)]

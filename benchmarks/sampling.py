@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import unet, uvit
-from benchmarks.model_steps import LossMismatchError
+from benchmarks.model_check import ERROR_FACTOR, ERROR_FLOOR, LossMismatchError
 from benchmarks.timing import synchronize
 from scalelong_fast.diffusion import create_schedule, sample_images
 from scalelong_fast.models.registry import model_config
@@ -15,8 +15,6 @@ SAMPLERS = ("dpm-solver++", "ddim")
 KINDS = ("eager", "compile", "ours", "ours_compile")
 SCALINGS = ("none", "ls")
 STEPS = 50
-#: How many times the error of the plain model under the same autocast a recipe may make, and what is rounding anyway.
-ERROR_FACTOR, ERROR_FLOOR = 4.0, 1e-4
 
 _SOURCES = (
     "benchmarks/sampling.py",

@@ -14,13 +14,17 @@ from scalelong_fast.analysis.learning_curve import learning_curve
 from scalelong_fast.analysis.progress import Progress, silent
 from scalelong_fast.analysis.sample_distance import SampleDistance
 from scalelong_fast.analysis.sweep import Failure, Job, require_all, run_jobs
-from scalelong_fast.analysis.training import DivergedError, Training
+from scalelong_fast.analysis.training import DivergedError, Training, open_data
 from scalelong_fast.analysis.units import Units
 from scalelong_fast.errors import check_range
+from scalelong_fast.evaluation.digits_classifier import FEATURES
 from scalelong_fast.training import RunConfig
 
 #: Looks at each network in training, to see where it diverges.
 LOOKS = 10
+
+#: Features of an image, by extractor. The covariance of fewer samples than that is singular.
+WIDTHS = {"digits": FEATURES, "inception": 2048}
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,8 @@ def measure_variant(settings: AblationSettings, row: Row, seed: int) -> dict[str
     """Train one network.
 
     Returns:
-        ``loss`` on the probe and, if asked for, ``distance`` of its samples from the data set; or the step at which it
-        ``diverged``.
+        ``loss`` on the probe and, if asked for, ``distance`` of its samples from the data set; or the step at which it,
+        or a sample of it, was seen to have ``diverged``.
     """
     config = settings.config(row, seed)
     distance = None
@@ -116,6 +120,7 @@ def analyze_ablation(
     """
     settings = settings or AblationSettings()
     compared, seeds = table(settings.training, settings.variants), settings.training.seeds
+    open_data(settings.config(compared.rows[0], seeds[0]))
     jobs = [_job(settings, row, seed) for row in compared.rows for seed in seeds]
     results = run_jobs(jobs, units, progress, workers)
     if all(isinstance(result, Failure) for result in results):
@@ -141,10 +146,16 @@ def describe_recipe(settings: AblationSettings) -> str:
     """What the networks of a table have in common, unless a row says otherwise."""
     training = settings.training
     depth = f"depth {training.depth}, " if training.depth else ""
-    return (
-        f"{training.preset}, {depth}batch {training.batch_size}, {training.steps} steps, {len(training.seeds)} seeds, "
+    recipe = (
+        f"{training.name}, {depth}batch {training.batch_size}, {training.steps} steps, {len(training.seeds)} seeds, "
         f"{settings.samples} samples"
     )
+    extractor = settings.extractor
+    if extractor == "auto":
+        extractor = "digits" if training.config("none", training.seeds[0]).data.name == "digits" else "inception"
+    if settings.samples < WIDTHS.get(extractor, 0):
+        recipe += " (fewer than features: compare distances within this table only)"
+    return recipe
 
 
 def _job(settings: AblationSettings, row: Row, seed: int) -> Job:

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 #: What is measured of each network, and what it is called.
 MEASURES = {"loss": "loss", "distance": "Fréchet distance"}
 
-#: What a difference is called; of both measures less is better.
-VERDICTS = ("lower", "higher", "not shown")
+#: What a difference is called; of both measures less is better. Where one of the two rows lost a seed, those that are
+#: left show nothing: they are the ones that went well.
+LOWER, HIGHER, LOST, NOT_SHOWN = VERDICTS = ("lower", "higher", "seeds lost", "not shown")
 
 
 def compare(table: Table, outcomes: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -27,12 +28,16 @@ def compare(table: Table, outcomes: Mapping[str, Sequence[dict[str, Any]]]) -> l
     Returns:
         For each row: label, model and batch size; the paper's number (None: not known); ``outcomes``; for each measure
         its band over the seeds that have it (None: no seed has); ``against``, the label of the row it is compared with,
-        and for each measure the band of the differences at equal seeds and what it shows (:data:`VERDICTS`).
+        and for each measure what the differences at equal seeds show (:data:`VERDICTS`), with their band where a seed
+        has both.
     """
-    return [_compare_row(table, row, outcomes) for row in table.rows]
+    measured = [m for m in MEASURES if any(m in outcome for row in table.rows for outcome in outcomes[row.label])]
+    return [_compare_row(table, row, outcomes, measured) for row in table.rows]
 
 
-def _compare_row(table: Table, row: Row, outcomes: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
+def _compare_row(
+    table: Table, row: Row, outcomes: Mapping[str, Sequence[dict[str, Any]]], measured: Sequence[str]
+) -> dict[str, Any]:
     own = outcomes[row.label]
     reported = REPORTED.get((table.reference, row.label))
     found: dict[str, Any] = {
@@ -47,32 +52,35 @@ def _compare_row(table: Table, row: Row, outcomes: Mapping[str, Sequence[dict[st
         "differences": {},
     }
     for measure in MEASURES:
-        values = [outcome[measure] for outcome in own if measure in outcome]  # none where it was not asked for
+        values = [outcome[measure] for outcome in own if measure in outcome]
         found[measure] = band(values).as_dict() if values else None
-        if row.against in outcomes:
+        if row.against in outcomes and measure in measured:
             pairs = zip(own, outcomes[row.against], strict=True)
             changes = [a[measure] - b[measure] for a, b in pairs if measure in a and measure in b]
-            if changes:
-                difference = band(changes)
-                found["differences"][measure] = {**difference.as_dict(), "verdict": _verdict(difference)}
+            difference = band(changes) if changes else None
+            found["differences"][measure] = {
+                **({} if difference is None else difference.as_dict()),
+                "verdict": LOST if difference is None or difference.count < len(own) else _verdict(difference),
+            }
     return found
 
 
 def _verdict(difference: Band) -> str:
     if difference.count > 1 and difference.high < 0:
-        return "lower"
-    return "higher" if difference.count > 1 and difference.low > 0 else "not shown"
+        return LOWER
+    return HIGHER if difference.count > 1 and difference.low > 0 else NOT_SHOWN
 
 
 def describe(table: Table, rows: Sequence[dict[str, Any]], recipe: str) -> str:
     """What a table shows, in a sentence or two."""
     parts = []
     for measure, name in MEASURES.items():
-        known = [row for row in rows if row[measure] is not None]
-        if known:
-            best = min(known, key=lambda row: row[measure]["mean"])
-            parts.append(f"{name} lowest with {best['label']} ({best[measure]['mean']:.4g})")
-    head = f"{table.title}, {recipe}: {'; '.join(parts) or 'no network came through'} ({table.reference})."
+        whole = [row for row in rows if row[measure] is not None and row[measure]["count"] == len(row["outcomes"])]
+        if whole:
+            best = min(whole, key=lambda row: row[measure]["mean"])
+            among = f" of the {len(whole)} rows that lost no seed" if len(whole) < len(rows) else ""
+            parts.append(f"{name} lowest with {best['label']} ({best[measure]['mean']:.4g}){among}")
+    head = f"{table.title}, {recipe}: {'; '.join(parts) or 'no row came through with every seed'} ({table.reference})."
     compared = [_describe_measure(rows, measure, name) for measure, name in MEASURES.items()]
     return " ".join([head, *filter(None, compared), *_describe_losses(rows)])
 
@@ -83,8 +91,10 @@ def _describe_measure(rows: Sequence[dict[str, Any]], measure: str, name: str) -
     for row in rows:
         if measure in row["differences"]:
             sorted_out[row["differences"][measure]["verdict"]].append(f"{row['label']} (against {row['against']})")
-    said = [f"{verdict} with {', '.join(those)}" for verdict, those in list(sorted_out.items())[:2] if those]
-    if others := len(sorted_out["not shown"]):
+    said = [
+        f"{verdict} with {', '.join(those)}" for verdict, those in sorted_out.items() if those and verdict != NOT_SHOWN
+    ]
+    if others := len(sorted_out[NOT_SHOWN]):
         said.append(f"no difference shown in {others} of {sum(map(len, sorted_out.values()))} comparisons")
     return f"{name.capitalize()}: {'; '.join(said)}." if said else ""
 
@@ -135,7 +145,7 @@ def _cell(row: dict[str, Any], measure: str) -> str:
         parts.append(f"{found['mean']:.4g}{width}")
     steps = [outcome["diverged"] for outcome in outcomes if "diverged" in outcome]
     if steps:
-        parts.append(f"diverged at step {', '.join(map(str, steps))} ({len(steps)} of {len(outcomes)} seeds)")
+        parts.append(f"diverged, seen at step {', '.join(map(str, steps))} ({len(steps)} of {len(outcomes)} seeds)")
     parts += [outcome["failed"].replace("|", "/") for outcome in outcomes if "failed" in outcome]
     return "; ".join(parts)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +15,9 @@ from scalelong_fast.analysis.progress import Progress, silent
 from scalelong_fast.analysis.sample_distance import SampleDistance
 from scalelong_fast.analysis.step_time import ratio_spread, step_seconds
 from scalelong_fast.analysis.sweep import Job, require_all, run_jobs
-from scalelong_fast.analysis.training import Training
+from scalelong_fast.analysis.training import DivergedError, Training, open_data
 from scalelong_fast.analysis.units import Units
-from scalelong_fast.errors import check_range, invalid
+from scalelong_fast.errors import UserError, check_range, invalid
 from scalelong_fast.training import RunConfig
 from scalelong_fast.training.config import to_dict
 
@@ -91,13 +92,21 @@ SCALES = {
 }
 
 
-def follow(settings: ConvergenceSettings, scaling: str, seed: int) -> dict[str, list[float]]:
-    """Train one network; its :func:`~scalelong_fast.analysis.learning_curve.learning_curve`."""
+#: A :func:`~scalelong_fast.analysis.learning_curve.learning_curve`; of a network that diverged an empty one, which gets
+#: nowhere, with ``diverged``, the step at which that was seen.
+Followed = dict[str, Any]
+
+
+def follow(settings: ConvergenceSettings, scaling: str, seed: int) -> Followed:
+    """Train one network and follow it."""
     config = settings.config(scaling, seed)
     distance = None
     if settings.extractor != "none":
         distance = SampleDistance(config, settings.samples, settings.solver_steps, settings.extractor)
-    return learning_curve(config, settings.every, settings.probe, settings.sample_every, distance)
+    try:
+        return learning_curve(config, settings.every, settings.probe, settings.sample_every, distance)
+    except DivergedError as error:
+        return {**{name: [] for pair in MEASURES.values() for name in pair}, "diverged": error.step}
 
 
 def analyze_convergence(
@@ -116,9 +125,18 @@ def analyze_convergence(
         units: keeps the curve of each network.
         progress: told after each network, then after each visit of the timing.
         workers: processes that train; see :func:`~scalelong_fast.analysis.sweep.run_jobs`.
+
+    Raises:
+        UserError: the data cannot be opened, or every network diverged. Where some did, the sentence names them.
     """
     settings, units = settings or ConvergenceSettings(), units or Units()
     curves = train_all(settings, units, progress, workers)
+    broken = _diverged(settings, curves)
+    if len(broken) == sum(map(len, curves.values())):
+        raise UserError(
+            f"Every network diverged: {'; '.join(broken)}. They would again. Choose other --seeds or --scalings, or a "
+            "larger --batch-size."
+        )
     scalings, seed = settings.training.scalings, settings.training.seeds[0]
     times = step_seconds({s: settings.config(s, seed) for s in scalings}, settings.rounds, progress=progress)
     seconds = {scaling: float(np.median(found)) for scaling, found in times.items()}
@@ -126,7 +144,7 @@ def analyze_convergence(
     return Finding(
         "convergence",
         "ScaleLong Fig. 5",
-        _sentence(settings, reached, times),
+        _sentence(settings, reached, times, broken),
         asdict(settings),
         {
             "curves": curves,
@@ -139,13 +157,14 @@ def analyze_convergence(
 
 def train_all(
     settings: ConvergenceSettings, units: Units, progress: Progress = silent, workers: int | None = None
-) -> dict[str, list[dict[str, list[float]]]]:
+) -> dict[str, list[Followed]]:
     """The curves of all networks, by scaling, a curve for each seed.
 
     Raises:
-        UserError: a training failed.
+        UserError: a training failed in another way than by diverging.
     """
     training = settings.training
+    open_data(settings.config(training.scalings[0], training.seeds[0]))
     names = ("every", "sample_every", "probe", "samples", "solver_steps", "extractor")
     key = {"analysis": "convergence", **{name: getattr(settings, name) for name in names}}
     pairs = [(scaling, seed) for scaling in training.scalings for seed in training.seeds]
@@ -162,7 +181,7 @@ def train_all(
 
 
 def compare(
-    settings: ConvergenceSettings, curves: dict[str, list[dict[str, list[float]]]], times: dict[str, list[float]]
+    settings: ConvergenceSettings, curves: dict[str, list[Followed]], times: dict[str, list[float]]
 ) -> list[Reached]:
     """How soon every scaling reached every level, the strictest one of a measure last."""
     found = []
@@ -178,11 +197,23 @@ def compare(
     return found
 
 
-def _has(curves: dict[str, list[dict[str, list[float]]]], steps: str) -> bool:
-    return bool(next(iter(curves.values()))[0][steps])
+def _has(curves: dict[str, list[Followed]], steps: str) -> bool:
+    return any(curve[steps] for found in curves.values() for curve in found)
 
 
-def _sentence(settings: ConvergenceSettings, reached: list[Reached], times: dict[str, list[float]]) -> str:
+def _diverged(settings: ConvergenceSettings, curves: dict[str, list[Followed]]) -> list[str]:
+    """The networks that diverged, in words."""
+    return [
+        f"{scaling}, seed {seed} (seen at step {curve['diverged']})"
+        for scaling, found in curves.items()
+        for seed, curve in zip(settings.training.seeds, found, strict=True)
+        if "diverged" in curve
+    ]
+
+
+def _sentence(
+    settings: ConvergenceSettings, reached: list[Reached], times: dict[str, list[float]], broken: list[str]
+) -> str:
     training = settings.training
     depth = f"depth {training.depth}, " if training.depth else ""
     listed = "; ".join(entry.describe() for entry in reached)
@@ -190,9 +221,10 @@ def _sentence(settings: ConvergenceSettings, reached: list[Reached], times: dict
         f"{ratio_spread(own, times['none'])[1]:.2f} ({scaling})" for scaling, own in times.items() if scaling != "none"
     )
     compared = [scaling for scaling in training.scalings if scaling in ("cs", "ls")]
+    lost = f" Diverged, and so got nowhere: {'; '.join(broken)}." if broken else ""
     return (
-        f"{training.preset}, {depth}batch {training.batch_size}, {training.steps} steps, {len(training.seeds)} seeds: "
+        f"{training.name}, {depth}batch {training.batch_size}, {training.steps} steps, {len(training.seeds)} seeds: "
         f"none takes so many times the steps of a scaling (above 1: the scaling is faster): {listed}; a step takes "
-        f"{per_step} times that of none. {verdict(reached, compared)} The paper's abstract has a training acceleration "
-        "of about 1.5 (ScaleLong Fig. 5)."
+        f"{per_step} times that of none. {verdict(reached, compared)}{lost} The paper's abstract has a training "
+        "acceleration of about 1.5 (ScaleLong Fig. 5)."
     )

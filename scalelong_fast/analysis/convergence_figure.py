@@ -17,7 +17,8 @@ def draw_curves(
     seconds_per_step: Mapping[str, float],
     measures: Mapping[str, tuple[str, str]],
 ) -> None:
-    """Draw a row for each measure, mean and 95 % band over seeds, on the left by steps, on the right by seconds.
+    """Draw a row for each measure, mean and 95 % band over the seeds that did not diverge, on the left by steps, on the
+    right by seconds.
 
     Args:
         figure: empty.
@@ -31,8 +32,11 @@ def draw_curves(
             axes = figure.add_subplot(len(measures), 2, 2 * row + column + 1)
             for scaling, found in curves.items():
                 factor = seconds_per_step[scaling] if unit == "seconds" else 1.0
-                places = [factor * step for step in found[0][steps]]
-                bands = [band(column) for column in zip(*(curve[values] for curve in found), strict=True)]
+                whole = [curve for curve in found if curve[steps]]  # one that diverged is empty
+                if not whole:
+                    continue
+                places = [factor * step for step in whole[0][steps]]
+                bands = [band(column) for column in zip(*(curve[values] for curve in whole), strict=True)]
                 axes.plot(places, [b.mean for b in bands], marker=".", linewidth=1, label=scaling)
                 axes.fill_between(places, [max(b.low, 0.0) for b in bands], [b.high for b in bands], alpha=0.2)
             axes.set_xlabel("step" if unit == "steps" else "seconds of training, evaluation left out")

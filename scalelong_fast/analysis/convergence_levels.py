@@ -10,12 +10,13 @@ import numpy as np
 from scalelong_fast.analysis.learning_curve import steps_to
 from scalelong_fast.analysis.statistics import Band, band
 from scalelong_fast.analysis.step_time import ratio_spread
+from scalelong_fast.errors import invalid
 
 #: A curve: steps, and the values recorded at them.
 Curve = tuple[Sequence[float], Sequence[float]]
 #: What a 95 % band over seeds says.
 FASTER, SLOWER, NEITHER = "faster", "slower", "no difference shown (the 95 % band holds 1)"
-ABSENT, ALONE = "did not get with every seed", "one seed, which shows nothing,"
+ALONE = "one seed, which shows nothing,"
 #: Measures in words.
 _NAMES = {"loss": "loss", "distance": "Fréchet distance"}
 
@@ -35,8 +36,10 @@ class Level:
     relative: bool = False
 
     def of(self, none: Curve) -> float:
-        """The level for a seed, given the curve of ``none``."""
-        return self.value * none[1][-1] if self.relative else self.value
+        """The level for a seed, given the curve of ``none``; a share of an empty one's end is out of reach."""
+        if not self.relative:
+            return self.value
+        return self.value * none[1][-1] if none[1] else -math.inf
 
     def describe(self) -> str:
         """In words."""
@@ -53,7 +56,7 @@ class Reached:
         steps: by scaling, those of each seed; None where it did not get there.
         times: seconds of a step by scaling, one for each round of the timing.
         factors: by scaling but ``none``, the steps of ``none`` over its own: geometric mean over seeds, with its band;
-            None where one of the two did not get there with every seed.
+            None where one of the two did not get there with every seed, or was there at step 0.
     """
 
     level: Level
@@ -69,6 +72,17 @@ class Reached:
             return None
         p20, median, p80 = ratio_spread(self.times["none"], self.times[scaling])
         return Band(median * factor.mean, p20 * factor.low, p80 * factor.high, factor.count)
+
+    def why_no_factor(self, scaling: str) -> str:
+        """Of a scaling without a factor, which of the two is the reason; ``{}`` stands for the level."""
+        own, none = self.steps[scaling], self.steps["none"]
+        if None in own:
+            if None in none:
+                return f"Neither {scaling} nor none got to {{}} with every seed."
+            return f"{scaling} did not get to {{}} with every seed, none did."
+        if None in none:
+            return f"{scaling} got to {{}} with every seed, none did not."
+        return f"At step 0 already {scaling} or none was at {{}}, which compares nothing."
 
     def describe(self) -> str:
         """The factors in steps, in words."""
@@ -93,21 +107,28 @@ class Reached:
 def compare_levels(
     level: Level, curves: Mapping[str, Sequence[Curve]], times: Mapping[str, Sequence[float]]
 ) -> Reached:
-    """How soon the curves of each scaling, one per seed, came down to ``level``; ``none`` is among them."""
+    """How soon the curves of each scaling, one per seed, came down to ``level``; ``none`` is among them.
+
+    Raises:
+        UserError: a level that is no share was reached before the training began.
+    """
     levels = [level.of(none) for none in curves["none"]]
     steps = {
         scaling: [steps_to(value, *curve) for value, curve in zip(levels, own, strict=True)]
         for scaling, own in curves.items()
     }
+    if not level.relative and any(step == 0 for own in steps.values() for step in own):
+        name = _NAMES[level.measure]
+        raise invalid(f"--{level.measure}-levels", level.value, f"levels below the {name} at step 0")
     factors = {s: _factor(own, steps["none"]) for s, own in steps.items() if s != "none"}
     return Reached(level, steps, times, factors)
 
 
 def _factor(own: Sequence[float | None], none: Sequence[float | None]) -> Band | None:
-    ratios = [math.log(b / a) for a, b in zip(own, none, strict=True) if a and b]
-    if len(ratios) < len(own):
+    pairs = [(a, b) for a, b in zip(own, none, strict=True) if a is not None and b is not None]
+    if len(pairs) < len(own) or any(0 in pair for pair in pairs):
         return None
-    logs = band(ratios)
+    logs = band([math.log(b / a) for a, b in pairs])
     return Band(math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high), logs.count)
 
 
@@ -116,20 +137,25 @@ def verdict(reached: Sequence[Reached], scalings: Sequence[str]) -> str:
     told = []
     for scaling in scalings:
         found: dict[str, list[str]] = {}
+        without: dict[str, list[str]] = {}
         for entry in reached:
-            steps, seconds = _judge(entry.factors[scaling]), _judge(entry.in_seconds(scaling))
+            factor, in_seconds = entry.factors[scaling], entry.in_seconds(scaling)
+            if factor is None or in_seconds is None:
+                without.setdefault(entry.why_no_factor(scaling), []).append(entry.level.describe())
+                continue
+            steps, seconds = _judge(factor), _judge(in_seconds)
             for word in dict.fromkeys((steps, seconds)):
                 unit = "" if steps == seconds else " in steps" if word == steps else " in seconds"
                 found.setdefault(word, []).append(f"{entry.level.describe()}{unit}")
-        head = "was faster" if set(found) == {FASTER} else "was partly faster" if FASTER in found else "was not faster"
-        details = "; ".join(f"{word} to {', '.join(levels)}" for word, levels in found.items())
-        told.append(f"{scaling} {head} than none: {details}.")
+        if found:
+            head = "faster" if set(found) == {FASTER} else "partly faster" if FASTER in found else "not faster"
+            details = "; ".join(f"{word} to {', '.join(levels)}" for word, levels in found.items())
+            told.append(f"{scaling} was {head} than none: {details}.")
+        told += [why.format(", ".join(levels)) for why, levels in without.items()]
     return " ".join(told)
 
 
-def _judge(factor: Band | None) -> str:
-    if factor is None:
-        return ABSENT
+def _judge(factor: Band) -> str:
     if factor.count < 2:
         return ALONE
     return FASTER if factor.low > 1 else SLOWER if factor.high < 1 else NEITHER

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,11 +57,17 @@ def open_folder(out: Path) -> Path:
     return out
 
 
-def write_finding(finding: Finding, out: Path) -> list[Path]:
+def write_finding(finding: Finding, out: Path, measured: float | None = None) -> list[Path]:
     """Write ``NAME.json``, ``NAME.png``, ``NAME.svg`` and, of one with a table, ``NAME.md`` into ``out``, each replaced
     atomically.
 
-    Equal findings give equal bytes: figures carry no date and no random identifiers.
+    Equal findings give equal bytes: figures carry no date and no random identifiers, and JSON no date but ``measured``.
+
+    Args:
+        finding: what to write.
+        out: the folder.
+        measured: when the code was read that computed the oldest of its numbers, in seconds since 1970 (see
+            :class:`~scalelong_fast.analysis.units.Units`); JSON has it as UTC.
 
     Returns:
         The paths.
@@ -81,6 +88,8 @@ def write_finding(finding: Finding, out: Path) -> list[Path]:
         "version": __version__,
         "data": finding.data,
     }
+    if measured is not None:
+        content["measured"] = datetime.fromtimestamp(measured, timezone.utc).isoformat(timespec="seconds")
     try:
         write_json(paths[0], json_ready(content))
         write_atomically(paths[1], lambda file: figure.savefig(file, format="png", metadata={"Software": None}))

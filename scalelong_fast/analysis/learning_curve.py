@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from scalelong_fast.analysis.training import Watched, train_watched
-from scalelong_fast.data import open_training_set
+from scalelong_fast.analysis.training import DivergedError, Watched, open_data, train_watched
 from scalelong_fast.diffusion import NoiseSchedule, diffusion_loss
+from scalelong_fast.evaluation.drawing import NotFiniteError
 from scalelong_fast.models import build_model
 from scalelong_fast.training import RunConfig
 from scalelong_fast.training.batches import BatchSource, Draw
@@ -20,7 +20,7 @@ PROBE_SEED = 20_231
 
 def draw_probe(config: RunConfig, size: int) -> Draw:
     """A batch of ``size`` images, or as many as there are, with noise and times: equal for all runs on equal data."""
-    dataset = open_training_set(config.data, config.model, label_dropout=config.diffusion.label_dropout)
+    dataset = open_data(config)
     train = dataclasses.replace(config.train, seed=PROBE_SEED, batch_size=min(size, len(dataset)))
     execution = resolve_execution(config.train)
     source = BatchSource(dataset, dataclasses.replace(config, train=train), execution.device, prefetch=0)
@@ -57,7 +57,8 @@ def learning_curve(
         ``distance``, empty. The last step is in both.
 
     Raises:
-        UserError: model and data do not fit, or the training became NaN or infinite.
+        UserError: model and data do not fit.
+        DivergedError: the training, or a sample of the network, became NaN or infinite.
     """
     probe = draw_probe(config, probe_size)
     averaged: list[nn.Module] = []
@@ -74,7 +75,10 @@ def learning_curve(
             found["losses"].append(probe_loss(model, watched.schedule, probe))
         if distance is not None and watched.step and (watched.step % sample_every == 0 or last):
             found["sampled"].append(watched.step)
-            found["distances"].append(distance(model))
+            try:
+                found["distances"].append(distance(model))
+            except NotFiniteError as error:
+                raise DivergedError(str(error), watched.step) from error
 
     train_watched(config, observe, every)
     return found

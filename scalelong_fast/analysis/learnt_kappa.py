@@ -10,21 +10,21 @@ import torch
 
 from scalelong_fast.analysis.finding import Finding
 from scalelong_fast.analysis.kappa_range import PAPER_RANGE
+from scalelong_fast.analysis.networks import train_each
 from scalelong_fast.analysis.progress import Progress, silent
 from scalelong_fast.analysis.statistics import Band, band, fit_line
-from scalelong_fast.analysis.sweep import Job, require_all, run_jobs
-from scalelong_fast.analysis.training import Training, Watched, train_watched
+from scalelong_fast.analysis.training import Training, Watched, open_data, train_watched
 from scalelong_fast.analysis.units import Units
-from scalelong_fast.data import open_training_set
 from scalelong_fast.diffusion import create_schedule
-from scalelong_fast.errors import check_range, invalid
+from scalelong_fast.errors import UserError, check_range, invalid
 from scalelong_fast.training import RunFolder
 from scalelong_fast.training.batches import BatchSource
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Root mean square distance beyond which a curve of CS does not describe what LS learnt.
+#: Root mean square distance beyond which a curve of CS does not describe what LS learnt. A κ_i that training moved by
+#: less has hardly moved: nearly all of it is the initialisation's.
 FAR = 0.1
 
 
@@ -83,7 +83,7 @@ def read_kappas(run: Path) -> list[float]:
     """κ_1 … κ_N of the averaged network of a finished run, on the first batch of its own data.
 
     Raises:
-        UserError: no run there, or one whose scaling is not LS.
+        UserError: no run there, or one whose scaling is not LS or whose data are gone.
     """
     folder = RunFolder(run)
     config, _ = folder.read_config()
@@ -92,7 +92,10 @@ def read_kappas(run: Path) -> list[float]:
             "--runs", str(run), "runs whose scaling is ls or ls-individual", f"It has {config.model.scaling}."
         )
     model = folder.load_ema()
-    dataset = open_training_set(config.data, config.model, label_dropout=config.diffusion.label_dropout)
+    try:
+        dataset = open_data(config)
+    except UserError as error:
+        raise invalid("--runs", str(run), "runs whose data can be opened", str(error)) from error
     source = BatchSource(dataset, config, torch.device("cpu"), prefetch=0)
     diffusion = config.diffusion
     schedule = create_schedule(diffusion.schedule, beta_min=diffusion.beta_min, beta_max=diffusion.beta_max)
@@ -110,6 +113,45 @@ def closest_cs(kappas: Sequence[float]) -> tuple[float, float]:
 
     best = min((number / 100 for number in range(1, 101)), key=distance)
     return best, distance(best)
+
+
+@dataclass(frozen=True)
+class Movement:
+    """How far training moved κ.
+
+    Attributes:
+        steps: of the trainings.
+        start: κ averaged over i at the first recording, over networks.
+        moved: by i, κ_i at the last recording less that at the first, over networks.
+    """
+
+    steps: int
+    start: Band
+    moved: list[Band]
+
+    @property
+    def hardly(self) -> bool:
+        """Whether no κ_i moved by :data:`FAR` on average."""
+        return max(abs(b.mean) for b in self.moved) < FAR
+
+    def describe(self) -> str:
+        """In words."""
+        low, high = min(b.mean for b in self.moved), max(b.mean for b in self.moved)
+        verb = "hardly moved, by" if self.hardly else "moved by"
+        return f"began at {self.start.mean:.2f} and {verb} {low:+.2f} to {high:+.2f} in {self.steps} steps"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def movement(records: Sequence[dict[str, Any]]) -> Movement:
+    """The :class:`Movement` of at least one network's :func:`record_kappas`."""
+    firsts, lasts = ([record["kappas"][place] for record in records] for place in (0, -1))
+    start = band([sum(kappas) / len(kappas) for kappas in firsts])
+    by_skip = zip(zip(*firsts, strict=True), zip(*lasts, strict=True), strict=True)
+    moved = [band([b - a for a, b in zip(*pair, strict=True)]) for pair in by_skip]
+    return Movement(records[0]["steps"][-1], start, moved)
 
 
 def analyze_learnt_kappa(
@@ -136,48 +178,50 @@ def analyze_learnt_kappa(
             raise invalid("--runs", settings.runs, "runs with equally many long skips")
     else:
         training = settings.training
-        key = {"analysis": "kappa", **asdict(training), "recordings": settings.recordings}
-        del key["scalings"], key["seeds"]
-        networks = [{"scaling": scaling, "seed": seed} for scaling in training.scalings for seed in training.seeds]
-        jobs = [
-            Job(
-                {**key, **network},
-                "{scaling}, seed {seed}".format(**network),
-                functools.partial(record_kappas, settings, **network),
-            )
-            for network in networks
-        ]
-        for network, found in zip(networks, require_all(run_jobs(jobs, units, progress, workers)), strict=True):
-            records.append({**network, **found})
-            final.append(found["kappas"][-1])
+        key = {"analysis": "kappa", **training.key(), "recordings": settings.recordings}
+        compute = functools.partial(record_kappas, settings)
+        for scaling, results in train_each(training, key, compute, units, progress, workers).items():
+            for seed, found in zip(training.seeds, results, strict=True):
+                records.append({"scaling": scaling, "seed": seed, **found})
+                final.append(found["kappas"][-1])
     bands = [band([kappas[i] for kappas in final]) for i in range(len(final[0]))]
     means = [b.mean for b in bands]
     base, distance = closest_cs(means)
+    moved = movement(records) if records else None
     data = {
         "records": records,
         "final": final,
         "bands": [b.as_dict() for b in bands],
+        "movement": moved and moved.as_dict(),
         "closest_cs": {"kappa": base, "distance": distance},
     }
-    sentence = _sentence(len(final), means, base, distance)
+    sentence = _sentence(final, moved, base, distance)
     return Finding("kappa", "ScaleLong Fig. 7", sentence, asdict(settings), data, lambda figure: _draw(figure, bands))
 
 
-def _sentence(count: int, means: list[float], base: float, distance: float) -> str:
-    trend = ""
-    if len(means) > 1:
-        slope = fit_line(range(len(means)), means).slope
-        way = "level" if abs(slope) < 5e-4 else f"{'falling' if slope < 0 else 'rising'} by {abs(slope):.3f} per skip"
-        trend = f", {way} from the outermost to the innermost"
+def _sentence(final: list[list[float]], moved: Movement | None, base: float, distance: float) -> str:
+    means = [sum(own) / len(final) for own in zip(*final, strict=True)]
+    began = "" if moved is None else f" κ {moved.describe()}."
     if distance > FAR:
         beside = f"no curve of CS is near, the closest, κ = {base:.2f}, being {distance:.2f} (root mean square) away"
     else:
         inside = "inside" if PAPER_RANGE[0] <= base <= PAPER_RANGE[1] else "outside"
         beside = f"CS with κ = {base:.2f}, {inside} the paper's 0.5 to 0.95, is {distance:.2f} (root mean square) away"
     return (
-        f"LS of {count} networks has κ_i from {min(means):.2f} to {max(means):.2f} on average{trend}; {beside} "
-        "(ScaleLong Fig. 7)."
+        f"LS of {len(final)} network{'s' * (len(final) > 1)} has κ_i from {min(means):.2f} to {max(means):.2f} on "
+        f"average{_trend(final)}; {beside} (ScaleLong Fig. 7).{began}"
     )
+
+
+def _trend(final: list[list[float]]) -> str:
+    """How κ_i goes with i, by the band over networks of the slope of each."""
+    count = len(final[0])
+    if count < 2:
+        return ""
+    slope = band([fit_line(range(count), kappas).slope for kappas in final])
+    if slope.count < 2 or slope.low <= 0 <= slope.high:
+        return ", with no trend shown from the outermost to the innermost"
+    return f", {'falling' if slope.mean < 0 else 'rising'} by {abs(slope.mean):.2g} per skip to the innermost"
 
 
 def _draw(figure: "Figure", bands: list[Band]) -> None:

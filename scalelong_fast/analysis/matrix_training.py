@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,12 @@ class MatrixTraining:
             raise unknown_name("init", self.init, INITS)
         for seed in self.seeds:
             check_range("--seeds", seed, low=0, integer=True)
+
+    def key(self) -> dict[str, Any]:
+        """What the result of one network depends on, beside its scaling and seed."""
+        found = asdict(self)
+        del found["scalings"], found["seeds"]
+        return found
 
     @property
     def num_skips(self) -> int:
@@ -162,9 +169,9 @@ def train_matrices(
             continue
         sizes = _sizes(features)
         if not math.isfinite(loss.item()) or min(sizes) == 0:
-            what = "became NaN or infinite" if min(sizes) > 0 else "died, one of its features being all 0,"
+            what = "became NaN or infinite," if min(sizes) > 0 else "died, one of its features being all 0,"
             raise DivergedError(
-                f"A matrix UNet with scaling {scaling!r} and seed {seed} {what} at step {step}. Take a smaller "
+                f"A matrix UNet with scaling {scaling!r} and seed {seed} {what} seen at step {step}. Take a smaller "
                 "--learning-rate, other --seeds or --block-depth 1.",
                 step,
             )

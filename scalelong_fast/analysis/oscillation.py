@@ -10,11 +10,12 @@ from typing import Any
 
 from scalelong_fast.analysis.finding import Finding
 from scalelong_fast.analysis.matrix_training import MatrixTraining
+from scalelong_fast.analysis.networks import train_each
 from scalelong_fast.analysis.oscillation_figure import draw_oscillation
 from scalelong_fast.analysis.oscillation_records import Record, record_matrices, record_network
+from scalelong_fast.analysis.paired import less_none
 from scalelong_fast.analysis.progress import Progress, silent
 from scalelong_fast.analysis.statistics import Band, band
-from scalelong_fast.analysis.sweep import Job, require_all, run_jobs
 from scalelong_fast.analysis.training import Training
 from scalelong_fast.analysis.units import Units
 from scalelong_fast.errors import check_range
@@ -118,29 +119,27 @@ def analyze_oscillation(
         units: keeps what each network gave.
         progress: told about each network.
         workers: processes, see :func:`~scalelong_fast.analysis.sweep.run_jobs`.
+
+    Raises:
+        UserError: networks diverged.
     """
     settings, units = settings or OscillationSettings(), units or Units()
     training = settings.training
-    networks = [(scaling, seed) for scaling in training.scalings for seed in training.seeds]
-    jobs = [
-        Job(_key(settings, *network), "{}, seed {}".format(*network), functools.partial(record, settings, *network))
-        for network in networks
-    ]
-    records: dict[str, list[Record]] = {scaling: [] for scaling in training.scalings}
-    for (scaling, _), found in zip(networks, require_all(run_jobs(jobs, units, progress, workers)), strict=True):
-        records[scaling].append(found)
+    matrices = isinstance(training, MatrixTraining)
+    mend = f"Choose other --seeds or --scalings, a smaller --learning-rate{' or --block-depth 1' if matrices else ''}."
+    compute = functools.partial(record, settings)
+    records: dict[str, list[Record]] = train_each(training, _key(settings), compute, units, progress, workers, mend)
     indices = {
         what: {scaling: _indices(found, *series) for scaling, found in records.items()}
         for what, series in SERIES.items()
     }
     bands = {what: {s: band(values) for s, values in by_scaling.items()} for what, by_scaling in indices.items()}
-    differences = {what: _differences(by_scaling) for what, by_scaling in indices.items()}
+    differences = {what: less_none(by_scaling) for what, by_scaling in indices.items()}
     sizes = {
         what: {scaling: band([_size(entry[what]) for entry in found]) for scaling, found in records.items()}
         for what in RECORDED
     }
     losses = {scaling: band([entry["loss"] for entry in found]) for scaling, found in records.items()}
-    matrices = isinstance(training, MatrixTraining)
     return Finding(
         "oscillation-matrix" if matrices else "oscillation",
         "ScaleLong Theorems 3.1 and 3.3, Fig. 1 and 12" if matrices else "ScaleLong Fig. 1 and 12",
@@ -159,12 +158,11 @@ def analyze_oscillation(
     )
 
 
-def _key(settings: OscillationSettings, scaling: str, seed: int) -> dict[str, Any]:
-    training = asdict(settings.training)
-    del training["scalings"], training["seeds"]
+def _key(settings: OscillationSettings) -> dict[str, Any]:
+    training = settings.training.key()
     kind = "oscillation-matrix" if isinstance(settings.training, MatrixTraining) else "oscillation"
     how = {"every": settings.every, "learning_rate": settings.rate, "warmup": settings.warmup_steps}
-    return {"analysis": kind, **training, **how, "scaling": scaling, "seed": seed}
+    return {"analysis": kind, **training, **how}
 
 
 def _indices(records: list[Record], what: str, relative: bool) -> list[float]:
@@ -182,15 +180,6 @@ def _size(recorded: list[list[float]]) -> float:
     return sum(map(sum, kept)) / sum(map(len, kept))
 
 
-def _differences(by_scaling: dict[str, list[float]]) -> dict[str, Band]:
-    """Index of each scaling less that of ``none``, seed by seed: equal seeds see equal batches."""
-    none = by_scaling.get("none")
-    if none is None:
-        return {}
-    pairs = {scaling: zip(own, none, strict=True) for scaling, own in by_scaling.items() if scaling != "none"}
-    return {scaling: band([own - other for own, other in pair]) for scaling, pair in pairs.items()}
-
-
 def _sentence(
     settings: OscillationSettings,
     bands: dict[str, dict[str, Band]],
@@ -199,7 +188,7 @@ def _sentence(
 ) -> str:
     training = settings.training
     depth = f"depth {training.depth}, " if training.depth else ""
-    name = training.preset if isinstance(training, Training) else "matrix UNet"
+    name = training.name if isinstance(training, Training) else "matrix UNet"
     warmup = f"{settings.warmup_steps} of them warm-up" if settings.warmup_steps else "no warm-up"
     missed = ", ".join(f"{b.mean:.3f} ({scaling})" for scaling, b in losses.items())
     head = (

@@ -8,15 +8,20 @@ import torch
 
 from scalelong_fast.analysis.composition import composition_norms
 from scalelong_fast.analysis.finding import Finding
+from scalelong_fast.analysis.networks import train_each
+from scalelong_fast.analysis.paired import less_none, sign
 from scalelong_fast.analysis.progress import Progress, silent
 from scalelong_fast.analysis.statistics import Band, band
-from scalelong_fast.analysis.sweep import Job, require_all, run_jobs
 from scalelong_fast.analysis.training import Training, Watched, train_watched
 from scalelong_fast.analysis.units import Units
 from scalelong_fast.errors import check_range, invalid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+#: What says how robust a network is, and what it is called. Its loss under noise does not: that depends as much on how
+#: well it was trained.
+COMPARED = {"increase": "rise of the loss", "amplification": "movement of the output"}
 
 
 @dataclass(frozen=True)
@@ -103,36 +108,28 @@ def analyze_robustness(
         units: keeps what each network gave.
         progress: told about each network.
         workers: processes, see :func:`~scalelong_fast.analysis.sweep.run_jobs`.
+
+    Raises:
+        UserError: networks diverged.
     """
     settings, units = settings or RobustnessSettings(), units or Units()
     training = settings.training
-    key = {"analysis": "robustness", **asdict(settings), "training": asdict(training)}
-    del key["training"]["scalings"], key["training"]["seeds"]
-    networks = [(scaling, seed) for scaling in training.scalings for seed in training.seeds]
-    jobs = [
-        Job(
-            {**key, "scaling": scaling, "seed": seed},
-            f"{scaling}, seed {seed}",
-            functools.partial(measure_robustness, settings, scaling, seed),
-        )
-        for scaling, seed in networks
-    ]
-    results: dict[str, list[dict[str, Any]]] = {scaling: [] for scaling in training.scalings}
-    for (scaling, _), found in zip(networks, require_all(run_jobs(jobs, units, progress, workers)), strict=True):
-        results[scaling].append(found)
+    key = {"analysis": "robustness", **asdict(settings), "training": training.key()}
+    compute = functools.partial(measure_robustness, settings)
+    results: dict[str, list[dict[str, Any]]] = train_each(training, key, compute, units, progress, workers)
+    for result in (result for found in results.values() for result in found):
+        result["increase"] = [loss - result["loss"] for loss in result["losses"]]
     bands = {
         what: {scaling: _bands(found, what, len(settings.levels)) for scaling, found in results.items()}
-        for what in ("losses", "amplification")
+        for what in ("losses", *COMPARED)
     }
+    differences = {what: _differences(results, what, len(settings.levels)) for what in COMPARED}
     return Finding(
         "robustness",
         "ScaleLong Fig. 3c and 11",
-        _sentence(settings, results, bands["amplification"]),
+        _sentence(settings, results, bands["amplification"], differences),
         asdict(settings),
-        {
-            "results": results,
-            "bands": {what: {s: [b.as_dict() for b in bs] for s, bs in found.items()} for what, found in bands.items()},
-        },
+        {"results": results, "bands": _as_dict(bands), "differences": _as_dict(differences)},
         lambda figure: _draw(figure, settings, bands, results),
     )
 
@@ -141,8 +138,22 @@ def _bands(results: list[dict[str, Any]], what: str, count: int) -> list[Band]:
     return [band([result[what][level] for result in results]) for level in range(count)]
 
 
+def _differences(results: dict[str, list[dict[str, Any]]], what: str, count: int) -> dict[str, list[Band]]:
+    """Each scaling less ``none`` at equal seeds, at each level."""
+    levels = [less_none({s: [r[what][level] for r in found] for s, found in results.items()}) for level in range(count)]
+    return {scaling: [found[scaling] for found in levels] for scaling in levels[0]}
+
+
+def _as_dict(bands: dict[str, dict[str, list[Band]]]) -> dict[str, Any]:
+    """JSON-ready."""
+    return {what: {s: [b.as_dict() for b in own] for s, own in found.items()} for what, found in bands.items()}
+
+
 def _sentence(
-    settings: RobustnessSettings, results: dict[str, list[dict[str, Any]]], amplification: dict[str, list[Band]]
+    settings: RobustnessSettings,
+    results: dict[str, list[dict[str, Any]]],
+    amplification: dict[str, list[Band]],
+    differences: dict[str, dict[str, list[Band]]],
 ) -> str:
     training, level = settings.training, settings.levels[-1]
     losses = {
@@ -154,11 +165,21 @@ def _sentence(
     largest = _largest_compositions(results)
     changes = ", ".join(f"{found[0].mean:.2f} to {found[-1].mean:.2f} ({s})" for s, found in largest.items())
     compositions = f" During training max ‖b_i ∘ a_i‖ went from {changes} (Fig. 11)." if changes else ""
+    shown = "; ".join(f"{called}: {_compare(differences[what])}" for what, called in COMPARED.items())
+    against = f" Against none at equal seeds, {shown}." if differences["increase"] else ""
     return (
-        f"{training.preset}, {training.steps} steps, {len(training.seeds)} seeds: extra input noise of c = {level:g} "
+        f"{training.name}, {training.steps} steps, {len(training.seeds)} seeds: extra input noise of c = {level:g} "
         f"takes the loss from {listed} and moves the output by {moved} times its own norm "
-        f"(ScaleLong Fig. 3c, Theorem 3.4).{compositions}"
+        f"(ScaleLong Fig. 3c, Theorem 3.4).{compositions}{against}"
     )
+
+
+def _compare(differences: dict[str, list[Band]]) -> str:
+    """What the differences to ``none`` at the largest level show, in words."""
+    said: dict[str, list[str]] = {}
+    for scaling, found in differences.items():
+        said.setdefault(sign(found[-1]), []).append(scaling)
+    return ", ".join(f"{word} ({', '.join(scalings)})" for word, scalings in said.items())
 
 
 def _largest_compositions(results: dict[str, list[dict[str, Any]]]) -> dict[str, list[Band]]:
@@ -179,13 +200,13 @@ def _draw(
     labels = {"losses": "loss", "amplification": "‖UNet(x + δ) − UNet(x)‖ / ‖δ‖"}
     largest = _largest_compositions(results)
     columns = 3 if largest else 2
-    for place, (what, by_scaling) in enumerate(bands.items(), start=1):
+    for place, (what, label) in enumerate(labels.items(), start=1):
         axes = figure.add_subplot(1, columns, place)
-        for scaling, found in by_scaling.items():
+        for scaling, found in bands[what].items():
             axes.plot(settings.levels, [b.mean for b in found], marker=".", label=scaling)
             axes.fill_between(settings.levels, [b.low for b in found], [b.high for b in found], alpha=0.2)
         axes.set_xlabel("standard deviation of the extra noise")
-        axes.set_ylabel(labels[what])
+        axes.set_ylabel(label)
         axes.grid(True, alpha=0.3)
         axes.legend()
     figure.suptitle("Robustness to extra input noise (ScaleLong Fig. 3c), mean and 95 % band")

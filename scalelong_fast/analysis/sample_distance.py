@@ -8,13 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from scalelong_fast.data import open_training_set
+from scalelong_fast.analysis.training import open_data
+from scalelong_fast.data import TrainingSet
 from scalelong_fast.errors import invalid
 from scalelong_fast.evaluation.conditions import by_labels
 from scalelong_fast.evaluation.drawing import Drawing
 from scalelong_fast.evaluation.extractors import FeatureExtractor, create_extractor
 from scalelong_fast.evaluation.frechet import frechet_distance
-from scalelong_fast.evaluation.reference import measure_dataset
+from scalelong_fast.evaluation.reference import Reference, measure_dataset
 from scalelong_fast.evaluation.sources import check_pixels
 from scalelong_fast.evaluation.steps import draw_features
 from scalelong_fast.training import RunConfig
@@ -29,7 +30,7 @@ BATCH = 256
 
 
 class SampleDistance:
-    """Measures networks of one run's kind; opens the data set and measures it once.
+    """Measures networks of one run's kind; a process measures each data set once.
 
     Args:
         config: the run: data, noise process, labels.
@@ -53,16 +54,16 @@ class SampleDistance:
             extractor = "digits" if config.data.name == "digits" else "inception"
         self._extractor = _shared_extractor(extractor, self.device)
         data = dataclasses.replace(config.data, flip=False)
-        dataset = open_training_set(data, config.model, label_dropout=config.diffusion.label_dropout)
+        dataset = open_data(dataclasses.replace(config, data=data))
         check_pixels(dataset, "--preset", config.model.img_size)
-        self._reference = measure_dataset(dataset, self._extractor, device=self.device, batch_size=BATCH)
+        self._reference = _shared_reference(dataset, extractor, self.device)
         self._conditions = by_labels(samples, config.num_labels, SEED, "balanced")
 
     def __call__(self, model: nn.Module) -> float:
         """The distance of ``model``'s samples.
 
         Raises:
-            UserError: images that are not finite.
+            NotFiniteError: images that are not finite.
         """
         drawing = Drawing(model, self.config, self._conditions, SAMPLER, self.steps, 1.0)
         drawn = draw_features(
@@ -82,6 +83,19 @@ class SampleDistance:
 def _shared_extractor(name: str, device: torch.device) -> FeatureExtractor:
     """One for all networks of a process: the digits' classifier is trained, Inception's weights are read."""
     return create_extractor(name, device)
+
+
+#: By content of the data, extractor and device; of each the moments alone are kept.
+_REFERENCES: dict[tuple[str, str, torch.device], Reference] = {}
+
+
+def _shared_reference(dataset: TrainingSet, extractor: str, device: torch.device) -> Reference:
+    """One for all networks of a process: with Inception the pass over a data set takes longer than many a training."""
+    key = (dataset.fingerprint(), extractor, device)
+    if key not in _REFERENCES:
+        shared = _shared_extractor(extractor, device)
+        _REFERENCES[key] = measure_dataset(dataset, shared, device=device, batch_size=BATCH)
+    return _REFERENCES[key]
 
 
 @contextmanager

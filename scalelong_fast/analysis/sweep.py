@@ -133,6 +133,8 @@ class _Sweep:
                     self._note(name, job, kind, answer)
                     if kind == "died":
                         worker.end()
+                        if len(idle) >= len(waiting):  # enough processes are left
+                            continue
                         worker = Worker(worker.number)
                     idle.append(worker)
         finally:

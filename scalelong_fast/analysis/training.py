@@ -3,14 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scalelong_fast.data import open_training_set
+from scalelong_fast.data import TrainingSet, list_training_sets, open_training_set
 from scalelong_fast.diffusion import NoiseSchedule, create_schedule
-from scalelong_fast.errors import UserError, check_range, invalid
+from scalelong_fast.errors import UserError, check_range, invalid, unknown_name
 from scalelong_fast.models import UNet, UViT, UViTConfig, build_model
 from scalelong_fast.scaling import resolve_scaling
 from scalelong_fast.training import RunConfig, get_preset
@@ -44,6 +46,8 @@ class Training:
         depth: of a U-ViT; None: the preset's. A UNet has none.
         steps, batch_size: of the training; the learning rate is the preset's, constant after a tenth of warm-up.
         seeds: one network of each scaling per seed.
+        data: data set in the place of the preset's; None: the preset's.
+        path: where the data lies; None: the preset's, or nowhere where ``data`` is given.
     """
 
     preset: str = "digits-uvit"
@@ -53,6 +57,8 @@ class Training:
     steps: int = 600
     batch_size: int = 8
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    data: str | None = None
+    path: Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scalings", tuple(resolve_scaling(name) for name in self.scalings))
@@ -65,7 +71,27 @@ class Training:
         check_range("--kappa", self.kappa, low=0, low_open=True)
         for seed in self.seeds:
             check_range("--seeds", seed, low=0, integer=True)
+        if self.data is not None and self.data not in list_training_sets():
+            raise unknown_name("--data", self.data, list_training_sets())
+        if self.path is not None:  # kept results belong to the folder, wherever the command was run
+            object.__setattr__(self, "path", Path(self.path).expanduser().resolve())
         self.config(self.scalings[0], self.seeds[0])  # whatever else does not fit
+
+    @property
+    def name(self) -> str:
+        """The preset, with the data where they are not its own."""
+        own = [self.data] if self.data is not None else []
+        own += [self.path.name] if self.path is not None else []
+        return f"{self.preset} on {' '.join(own)}" if own else self.preset
+
+    def key(self) -> dict[str, Any]:
+        """What the result of one network depends on, beside its scaling and seed; see :class:`Units`."""
+        found = asdict(self)
+        del found["scalings"], found["seeds"]
+        for name in ("data", "path"):  # not named in results from before they could be given
+            if found[name] is None:
+                del found[name]
+        return found
 
     def config(self, scaling: str, seed: int) -> RunConfig:
         """The run of one network; plain PyTorch, so that hooks see every block's feature."""
@@ -75,6 +101,11 @@ class Training:
             changes["depth"] = self.depth or base.model.depth
         elif self.depth is not None:
             raise invalid("--depth", self.depth, f"none for {self.preset}, whose network is a UNet")
+        data = base.data
+        if self.data not in (None, data.name):
+            data = dataclasses.replace(data, name=self.data, path=None)
+        if self.path is not None:
+            data = dataclasses.replace(data, path=self.path)
         train = dataclasses.replace(
             base.train,
             steps=self.steps,
@@ -86,7 +117,7 @@ class Training:
             recompute="none",
             precision="auto-gpu",
         )
-        return dataclasses.replace(base, model=dataclasses.replace(base.model, **changes), train=train)
+        return dataclasses.replace(base, model=dataclasses.replace(base.model, **changes), data=data, train=train)
 
 
 @dataclass
@@ -144,6 +175,23 @@ class Ready:
     schedule: NoiseSchedule
 
 
+def open_data(config: RunConfig) -> TrainingSet:
+    """The data of a run, which fit its network.
+
+    Raises:
+        UserError: they cannot be opened, in the words of an analysis' options, or do not fit.
+    """
+    try:
+        dataset = open_training_set(config.data, config.model, label_dropout=config.diffusion.label_dropout)
+        check_data(dataset, config)
+    except UserError as error:
+        told = str(error).replace("--data.path", "--path").replace("--data.name", "--data")
+        if told.startswith(("model", "--model.")):
+            told += " In an analysis the network is that of --preset: take one that fits."
+        raise UserError(told) from error
+    return dataset
+
+
 def set_up(config: RunConfig) -> Ready:
     """Build what one training needs as :class:`~scalelong_fast.training.Trainer` does, in memory.
 
@@ -153,8 +201,7 @@ def set_up(config: RunConfig) -> Ready:
         UserError: model and data do not fit.
     """
     check_model(config)
-    dataset = open_training_set(config.data, config.model, label_dropout=config.diffusion.label_dropout)
-    check_data(dataset, config)
+    dataset = open_data(config)
     execution = resolve_execution(config.train)
     diffusion = config.diffusion
     schedule = create_schedule(diffusion.schedule, beta_min=diffusion.beta_min, beta_max=diffusion.beta_max)
@@ -199,7 +246,7 @@ def train_watched(config: RunConfig, observe: Callable[[Watched], None], every: 
             if not math.isfinite(loss.item()) or not all(map(math.isfinite, gradients)):
                 raise DivergedError(
                     f"Training with scaling {config.model.scaling!r} and seed {config.train.seed} became NaN or "
-                    f"infinite at step {step + 1}. Take a preset with a smaller learning rate, another seed or a "
+                    f"infinite, seen at step {step + 1}. Take a preset with a smaller learning rate, another seed or a "
                     "larger batch.",
                     step + 1,
                 )

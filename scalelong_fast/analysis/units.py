@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,9 @@ from typing import Any
 from scalelong_fast.analysis.finding import json_ready
 from scalelong_fast.training.files import write_json
 from scalelong_fast.version import __version__
+
+#: When this process read its code, in seconds since 1970: what is changed in the files later does not act on it.
+BEGUN = time.time()
 
 #: What :meth:`Units.find` returns where nothing is kept; a result may be None.
 MISSING = object()
@@ -19,10 +24,15 @@ class Units:
 
     Args:
         folder: created when the first result is kept; None: nothing is kept.
+
+    Attributes:
+        oldest: how old the code may be that computed the results so far, in seconds since 1970: :data:`BEGUN`, or that
+            of the process which computed the oldest of the kept results that were used.
     """
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
+        self.oldest = BEGUN
 
     def get(self, key: dict[str, Any], compute: Callable[[], Any]) -> Any:
         """The result for ``key``: the kept one, or that of ``compute()``, which is then kept.
@@ -43,7 +53,10 @@ class Units:
             return MISSING
         path, key = self._place(key)
         kept = self._read(path)
-        return kept["value"] if kept is not None and kept.get("key") == key else MISSING
+        if kept is None or kept.get("key") != key:
+            return MISSING
+        self.oldest = min(self.oldest, path.stat().st_mtime)
+        return kept["value"]
 
     def keep(self, key: dict[str, Any], value: Any) -> None:
         """Keep a JSON-ready result for ``key``."""
@@ -52,6 +65,7 @@ class Units:
         path, key = self._place(key)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {"key": key, "value": value})
+        os.utime(path, (BEGUN, BEGUN))
 
     def _place(self, key: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
         """The file of a result, and its key as the file has it."""

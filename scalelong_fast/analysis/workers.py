@@ -89,7 +89,7 @@ class Worker:
         """
         try:
             return self.pipe.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # OSError: it died in the middle of its answer
             self._process.join()
             return "died", _ending(self._process.exitcode)
 

@@ -27,6 +27,7 @@ examples:
   scalelong-fast analyze suggest-kappa digits --skips 6
   scalelong-fast analyze oscillation --scale smoke
   scalelong-fast analyze oscillation --preset cifar10-uvit --depth 16 --steps 2000 --batch-size 16 --seeds 0 1 2
+  scalelong-fast analyze robustness --preset cifar10-uvit --data folder --path photos --steps 2000
   scalelong-fast analyze kappa --runs runs/digits-uvit
   scalelong-fast analyze all --scale smoke
 
@@ -59,21 +60,34 @@ def main(args: Sequence[str]) -> int:
 
 
 def run_tasks(name: str, tasks: "list[Task]", out: Path) -> None:
-    """Run the tasks one after the other, each result written and said as soon as it is there."""
+    """Run the tasks one after the other, each result written and said as soon as it is there.
+
+    Raises:
+        UserError: a task failed; after all others.
+    """
     from scalelong_fast.analysis.finding import open_folder, write_finding
     from scalelong_fast.analysis.progress import rich_progress
     from scalelong_fast.analysis.units import Units
 
     console = Console()
     open_folder(out)
+    failures: list[str] = []
     for task in tasks:
+        units = Units(out / "units")
         try:
             with rich_progress(name) as progress:
-                finding = task(Units(out / "units"), progress)
+                finding = task(units, progress)
+        except UserError as error:
+            failures.append(str(error))
+            if task is not tasks[-1]:
+                console.print(f"{error} The next one begins.", highlight=False, soft_wrap=True, markup=False)
+            continue
         except KeyboardInterrupt:
             kept = f"What was finished is kept in {out / 'units'}: the same command goes on from there."
             console.print(kept, highlight=False, soft_wrap=True, markup=False)
             raise
-        paths = write_finding(finding, out)
+        paths = write_finding(finding, out, units.oldest)
         console.print(finding.sentence, highlight=False, soft_wrap=True, markup=False)
         console.print(f"Written: {', '.join(map(str, paths))}", highlight=False, soft_wrap=True, markup=False)
+    if failures:
+        raise UserError("\n".join(dict.fromkeys(failures)))

@@ -15,6 +15,10 @@ from scalelong_fast.training.config import RunConfig
 from scalelong_fast.training.hardware import autocast_dtype
 
 
+class NotFiniteError(UserError):
+    """A network draws images that are NaN or infinite."""
+
+
 @dataclass
 class Drawing:
     """Draws images of a run by their number; image k is the same in every batch and on every process.
@@ -63,7 +67,7 @@ class Drawing:
             uint8 ``(B, C, H, W)`` on the model's device.
 
         Raises:
-            UserError: images that are not finite.
+            NotFiniteError: images that are not finite.
         """
         null = self._null
         if isinstance(null, Tensor):
@@ -85,7 +89,7 @@ class Drawing:
                 progress=progress,
             )
             if not drawn.isfinite().all():  # as bytes it would pass for a black image
-                raise UserError(
+                raise NotFiniteError(
                     "RUN: the model draws images that are NaN or infinite. Look at its loss curve; another "
                     "--sampler or --train.precision fp32 in the training may help."
                 )

@@ -5,13 +5,15 @@ import json
 import math
 
 import pytest
+import torch
 
 from scalelong_fast.analysis import AblationSettings, Training, Units, analyze_ablation, write_finding
-from scalelong_fast.analysis.ablation import SCALES, measure_variant
+from scalelong_fast.analysis.ablation import SCALES, WIDTHS, describe_recipe, measure_variant
 from scalelong_fast.analysis.ablation_report import compare, describe, to_markdown
 from scalelong_fast.analysis.ablation_tables import FIGURES, TABLES, Row, Table, Variants
 from scalelong_fast.analysis.paper import REPORTED, Reported
 from scalelong_fast.errors import UserError
+from scalelong_fast.evaluation.extractors import create_extractor
 
 DIGITS = SCALES["digits"]
 EVERY = {**{f"table {n}": make for n, make in TABLES.items()}, **{f"figure {n}": make for n, make in FIGURES.items()}}
@@ -100,12 +102,29 @@ class TestReport:
         }
         found = compare(TABLE, own)
         assert found[1]["loss"] is None
-        assert found[1]["differences"] == {}
+        assert found[1]["differences"] == {measure: {"verdict": "seeds lost"} for measure in ("loss", "distance")}
+        assert found[2]["differences"]["loss"] == {"mean": 0, "low": 0, "high": 0, "count": 1, "verdict": "seeds lost"}
         markdown, sentence = to_markdown(TABLE, found, "tiny"), describe(TABLE, found, "tiny")
-        assert "| cs | — | diverged at step 40, 60 (2 of 2 seeds) | diverged at step 40, 60" in markdown
+        assert "| cs | — | diverged, seen at step 40, 60 (2 of 2 seeds) | diverged, seen at" in markdown
+        assert "none | seeds lost | seeds lost |" in markdown
         assert "| ls | — | 1; ls: its process was ended by SIGKILL. |" in markdown
         assert "Diverged: cs. Networks missing: 1; the same command tries them again." in sentence
         assert json.dumps(found)
+
+    @pytest.mark.parametrize("lost", [{"diverged": 7}, {"failed": "its process was ended by SIGKILL."}])
+    def test_the_seeds_that_are_left_show_nothing(self, lost):
+        own = {"none": outcomes(3, 2, 2.9), "cs": [lost, *outcomes(1, 1.9)], "ls": outcomes(2.9, 1.91, 2.79)}
+        found = compare(TABLE, own)
+        assert [row["differences"]["loss"]["verdict"] for row in found[1:]] == ["seeds lost", "lower"]
+        assert found[1]["differences"]["loss"]["count"] == 2
+        sentence = describe(TABLE, found, "tiny")
+        assert "loss lowest with ls (2.533) of the 2 rows that lost no seed" in sentence
+        assert "Loss: lower with ls (against none); seeds lost with cs (against none)." in sentence
+        own["none"] = [*outcomes(3, 2), lost]
+        found = compare(TABLE, own)
+        assert [row["differences"]["loss"]["verdict"] for row in found[1:]] == ["seeds lost", "seeds lost"]
+        none_left = compare(TABLE, {name: [lost, *outcomes(1)] for name in own})
+        assert "no row came through with every seed" in describe(TABLE, none_left, "tiny")
 
     def test_a_number_of_the_paper_stands_beside_ours_with_its_source(self, monkeypatch):
         monkeypatch.setitem(REPORTED, ("ScaleLong Table 0", "cs"), Reported("1.23", "FID of CIFAR10", "its page 7"))
@@ -141,6 +160,27 @@ def test_tables_share_what_they_have_in_common(tiny, tmp_path):
     paths = write_finding(first, tmp_path)
     assert [path.name for path in paths] == ["example.json", "example.png", "example.svg", "example.md"]
     assert paths[3].read_text() == first.markdown
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({}, False),  # 64 features of digits
+        ({"samples": 63}, True),
+        ({"samples": 63, "extractor": "none"}, False),
+        ({"extractor": "inception"}, True),
+        ({"extractor": "inception", "samples": 2048}, False),
+        ({"training": Training(preset="cifar10-uvit")}, True),
+        ({"extractor": "mine:network"}, False),  # how many it has is not known before it is run
+    ],
+)
+def test_a_recipe_says_where_samples_are_fewer_than_features(changes, warned):
+    settings = dataclasses.replace(AblationSettings(), **changes)
+    assert ("(fewer than features: compare distances within this table only)" in describe_recipe(settings)) is warned
+
+
+def test_widths_are_those_of_the_extractors():
+    assert WIDTHS["digits"] == create_extractor("digits")(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).shape[1]
 
 
 def test_the_loss_alone(tiny):

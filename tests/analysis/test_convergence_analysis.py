@@ -148,7 +148,46 @@ def test_what_was_not_faster_is_said_not_to_be():
     assert reached.factors["ls"] is None
     told = verdict([reached], ["cs", "ls"])
     assert "cs was not faster than none: no difference shown (the 95 % band holds 1) to loss 0.5." in told
-    assert "ls was not faster than none: did not get with every seed to loss 0.5." in told
+    assert told.endswith(" ls did not get to loss 0.5 with every seed, none did.")
+    json.dumps(reached.as_dict())
+
+
+FLAT = [0, 100], [1.0, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("none", "cs", "told"),
+    [
+        ([line(40), FLAT], [line(20), line(40)], "cs got to loss 0.5, loss 0.25 with every seed, none did not."),
+        ([line(40), line(80)], [line(20), FLAT], "cs did not get to loss 0.5, loss 0.25 with every seed, none did."),
+        ([line(40), FLAT], [FLAT, line(40)], "Neither cs nor none got to loss 0.5, loss 0.25 with every seed."),
+    ],
+)
+def test_who_did_not_get_there_is_said_and_nobody_called_slower_for_it(none, cs, told):
+    reached = [compare_levels(Level("loss", level), {"none": none, "cs": cs}, TIMES) for level in (0.5, 0.25)]
+    assert [entry.factors["cs"] for entry in reached] == [None, None]
+    assert verdict(reached, ["cs"]) == told
+
+
+def test_a_level_that_one_missed_stands_beside_those_that_both_reached():
+    none, cs = [([0, 10, 20], [1.0, 0.5, 0.4])] * 2, [([0, 5, 20], [1.0, 0.5, 0.3])] * 2
+    reached = [compare_levels(Level("loss", level), {"none": none, "cs": cs}, TIMES) for level in (0.5, 0.35)]
+    told = "cs was faster than none: faster to loss 0.5. cs got to loss 0.35 with every seed, none did not."
+    assert verdict(reached, ["cs"]) == told
+
+
+def test_a_level_reached_before_the_training_compares_nothing():
+    curves = {"none": [line(40), line(40)], "cs": [line(20), line(20)]}
+    with pytest.raises(UserError, match=r"--loss-levels: got 1\.5, expected levels below the loss at step 0"):
+        compare_levels(Level("loss", 1.5), curves, TIMES)
+    curves["cs"][1] = ([0, 100], [0.1, 0.05])
+    curves["none"] = [([0, 100], [1.0, 0.4])] * 2
+    reached = compare_levels(Level("loss", 1.25, relative=True), curves, TIMES)
+    assert reached.steps["cs"][1] == 0
+    assert reached.factors["cs"] is None
+    assert verdict([reached], ["cs"]) == (
+        "At step 0 already cs or none was at 1.25 × none's final loss, which compares nothing."
+    )
     json.dumps(reached.as_dict())
 
 

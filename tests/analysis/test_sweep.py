@@ -3,8 +3,10 @@
 import functools
 import json
 import math
+import multiprocessing
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -115,6 +117,31 @@ def test_several_processes_and_an_interruption(tmp_path, monkeypatch):
     assert results[7] in pids
 
 
+def test_no_more_processes_take_the_place_of_dead_ones_than_jobs_wait(monkeypatch):
+    started, ended = [], []
+
+    class Dying:
+        def __init__(self, number):
+            self.number = number
+            self.pipe, other = multiprocessing.Pipe()
+            other.close()
+            started.append(self)
+
+        def give(self, compute):
+            pass
+
+        def take(self):
+            return "died", "it ended"
+
+        def end(self):
+            ended.append(self)
+
+    monkeypatch.setattr("scalelong_fast.analysis.sweep.Worker", Dying)
+    assert run_jobs(factorials(3), workers=2) == [Failure(f"{n}!: it ended.") for n in range(3)]
+    assert len(started) == 3
+    assert sorted(map(id, ended)) == sorted(map(id, started))
+
+
 SCRIPT = """
 import functools, os, sys, time
 from pathlib import Path
@@ -181,6 +208,12 @@ def test_one_process_for_each_gpu_and_each_sees_its_own(monkeypatch):
         assert worker.take() == ("died", "its process ended with exit code 3")
         worker.give(functools.partial(factorial, 4))
         assert worker.take()[0] == "died"
+        # What a process killed in the middle of its answer leaves in its pipe: a length, and less than so many bytes.
+        worker.pipe.close()
+        worker.pipe, other = multiprocessing.Pipe()
+        os.write(other.fileno(), struct.pack("!i", 100) + b"half of it")
+        other.close()
+        assert worker.take() == ("died", "its process ended with exit code 3")
     finally:
         worker.end()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5,7"

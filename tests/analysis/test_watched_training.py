@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+from benchmarks.reproduction_items import judge_robustness
 from scalelong_fast.analysis import (
     LearntKappaSettings,
     OscillationSettings,
@@ -17,11 +18,13 @@ from scalelong_fast.analysis import (
     analyze_learnt_kappa,
     analyze_oscillation,
     analyze_robustness,
+    robustness,
 )
 from scalelong_fast.analysis.composition import composition_norms, jacobian_norm
-from scalelong_fast.analysis.learnt_kappa import closest_cs, kappa_means
-from scalelong_fast.analysis.oscillation import _compare, _differences, oscillation_index
+from scalelong_fast.analysis.learnt_kappa import _trend, closest_cs, kappa_means, movement
+from scalelong_fast.analysis.oscillation import _compare, oscillation_index
 from scalelong_fast.analysis.oscillation_records import block_features
+from scalelong_fast.analysis.paired import less_none, sign
 from scalelong_fast.analysis.statistics import band
 from scalelong_fast.analysis.training import train_watched
 from scalelong_fast.errors import UserError
@@ -93,7 +96,7 @@ def test_features_are_the_blocks_outputs_and_kappas_those_of_the_forward(tiny_tr
 def test_a_training_that_breaks_says_so(tiny_training, monkeypatch):
     config = tiny_training().config("none", 0)
     monkeypatch.setattr("scalelong_fast.training.step.learning_rate", lambda step, train: math.nan)
-    with pytest.raises(UserError, match="scaling 'none' and seed 0 became NaN or infinite at step 2"):
+    with pytest.raises(UserError, match="scaling 'none' and seed 0 became NaN or infinite, seen at step 2"):
         train_watched(config, lambda watched: None)
 
 
@@ -155,8 +158,9 @@ def test_oscillation_compares_scalings_over_seeds_and_goes_on_after_an_interrupt
     ],
 )
 def test_what_counts_as_a_difference(own, none, words):
-    difference = _differences({"none": none, "cs": own})["cs"]
+    difference = less_none({"none": none, "cs": own})["cs"]
     assert words in _compare(band(own), band(none), difference)
+    assert sign(difference) == ("no difference shown" if words[:2] in ("no", "of") else words[:4])
 
 
 def test_robustness_measures_loss_and_movement(tiny_training):
@@ -169,9 +173,43 @@ def test_robustness_measures_loss_and_movement(tiny_training):
             assert all(value > 0 for value in result["amplification"])
             assert result["steps"] == [0, 2, 4]
             assert [len(norms) for norms in result["compositions"]] == [1, 1, 1]
+            assert result["increase"] == [loss - result["loss"] for loss in result["losses"]]
     assert "Fig. 3c" in finding.sentence
     assert "Fig. 11" in finding.sentence
     assert "Theorem 3.4" in finding.sentence
+    assert "Against none at equal seeds, rise of the loss: no difference shown (cs); movement" in finding.sentence
+
+
+def test_robustness_is_the_rise_of_the_loss_at_equal_seeds(monkeypatch):
+    """A network that is trained worse but disturbed less is the more robust one."""
+
+    def disturbed(settings, scaling, seed):
+        loss, rise = {"none": (0.1, 0.5), "cs": (0.4, 0.3)}[scaling]
+        losses = [loss + seed + share * (rise + 0.1 * seed) for share in (0.5, 1)]
+        return {"loss": loss + seed, "losses": losses, "amplification": [1.0, 2.0 + seed], "steps": []}
+
+    monkeypatch.setattr(robustness, "measure_robustness", disturbed)
+    training = Training(scalings=("none", "cs"), seeds=(0, 1, 2))
+    finding = analyze_robustness(RobustnessSettings(training, levels=(0.1, 1.0)))
+    assert finding.data["bands"]["losses"]["cs"][-1]["mean"] > finding.data["bands"]["losses"]["none"][-1]["mean"]
+    rise = finding.data["differences"]["increase"]["cs"]
+    assert [band["mean"] for band in rise] == pytest.approx([-0.1, -0.2])
+    assert rise[-1]["high"] == pytest.approx(-0.2)
+    assert finding.sentence.endswith(
+        "Against none at equal seeds, rise of the loss: less (cs); movement of the output: no difference shown (cs)."
+    )
+    verdict = judge_robustness(with_ls(finding.data))
+    assert verdict.word == "in part"
+    assert "rise of the loss there: none 0.6, cs 0.4 (less), ls 0.4 (less); 3 seeds" in verdict.why
+
+
+def with_ls(data):
+    """``data`` with bands of LS that are those of CS."""
+    both = {"bands", "differences"}
+    return {
+        key: {what: {**found, "ls": found["cs"]} for what, found in value.items()} if key in both else value
+        for key, value in data.items()
+    }
 
 
 def test_composition_is_the_jacobian_of_encoder_and_decoder_block(tiny_training):
@@ -210,6 +248,40 @@ def test_learnt_kappas_start_near_a_half_and_are_recorded_per_skip(tiny_training
     assert all(0.3 < kappa < 0.7 for kappa in record["kappas"][0])
     assert record["kappas"][0] != record["kappas"][-1]
     assert "Fig. 7" in finding.sentence
+    moved = finding.data["movement"]
+    both = finding.data["records"]
+    assert moved["start"]["mean"] == pytest.approx(sum(sum(own["kappas"][0]) for own in both) / 4)
+    assert moved["moved"][1]["mean"] == pytest.approx(sum(o["kappas"][-1][1] - o["kappas"][0][1] for o in both) / 2)
+    assert (moved["steps"], moved["moved"][1]["count"]) == (4, 2)
+    assert f"κ began at {moved['start']['mean']:.2f} and hardly moved, by " in finding.sentence
+    json.dumps(finding.data)
+
+
+def network(start, *kappas):
+    """What is recorded of a network whose κ's begin equal."""
+    return {"steps": [0, 300, 600], "kappas": [[start] * len(kappas), [9.0] * len(kappas), list(kappas)]}
+
+
+def test_what_training_moved_is_told_from_what_it_began_with():
+    little = movement([network(0.5, 0.53, 0.52, 0.56), network(0.48, 0.51, 0.5, 0.54)])
+    assert [band.mean for band in little.moved] == pytest.approx([0.03, 0.02, 0.06])
+    assert little.describe() == "began at 0.49 and hardly moved, by +0.02 to +0.06 in 600 steps"
+    much = movement([network(0.5, 0.75, 0.4), network(0.5, 0.77, 0.5)])
+    assert much.describe() == "began at 0.50 and moved by -0.05 to +0.26 in 600 steps"
+
+
+@pytest.mark.parametrize(
+    ("final", "told"),
+    [
+        ([[0.5, 0.6, 0.7], [0.3, 0.41, 0.5], [0.6, 0.7, 0.79]], "rising by 0.098 per skip"),
+        ([[0.5, 0.4], [0.6, 0.51], [0.7, 0.59]], "falling by 0.1 per skip"),
+        ([[0.5, 0.6], [0.6, 0.5], [0.5, 0.52]], "no trend shown"),  # slopes of either sign
+        ([[0.5, 0.6]], "no trend shown"),
+    ],
+)
+def test_a_trend_of_kappa_is_one_that_the_networks_share(final, told):
+    assert told in _trend(final)
+    assert _trend([[0.5], [0.6]]) == ""
 
 
 def test_closest_cs():

@@ -206,8 +206,32 @@ def test_code_of_joined_branches_belongs_to_what_lacks_it():
         "st.global.v4.b32 [ %rd5 + 0 ], { %r1 }",
     )
     assert of(lost) == {**AS_ASKED, "tile_stores": 0.0}
+    assert excess("rows_kernel", "sm_90", of(lost)) == [
+        "stores no tile, and its source does: the code was not understood"
+    ]
     without_calls = PTX.replace(" @[ rows.py:12:16 ]", "")
     assert of(without_calls) == AS_ASKED
+
+
+@pytest.mark.parametrize("load", ["ld.global", "cp.async.c"])
+def test_code_that_is_not_understood_does_not_pass(load):
+    found = of(PTX.replace(load, "ldx.global"))
+    unread = ["loads no tile, and its source does: the code was not understood"] if load == "cp.async.c" else []
+    assert excess("rows_kernel", "sm_90", found) == unread
+    nothing = of("")
+    assert (nothing["tile_loads"], nothing["tile_stores"], nothing["unplaced"]) == (0, 0, 0)
+    assert len(excess("rows_kernel", "sm_90", nothing)) == 2
+
+
+def test_stores_without_a_place_are_shared_out_in_code_for_amd():
+    def stored(times):
+        line = "\tbuffer_store_dwordx4 v[0:3], v4, s[0:3], 0 offen\n"  # 64 lanes, 1024 bytes of the 2048 of a tile
+        asm = {"ttir": TTIR, "amdgcn": AMDGCN.replace("buffer_store_short", "no_store") + times * line}
+        return factors(TARGETS["gfx942"], asm, warps=1)["tile_stores"]
+
+    assert [stored(times) for times in (0, 1)] == [0, 0], "less than a tile"
+    assert stored(2) == pytest.approx(2048 / 2052, abs=1e-3)
+    assert stored(3) == 1
 
 
 def test_factors_of_a_kernel_are_the_largest_of_all_present_records(tmp_path):

@@ -6,15 +6,21 @@ import json
 import pytest
 import torch
 
-from benchmarks import convergence, report_plots
+from benchmarks import convergence, environment, report_plots
 from benchmarks.convergence import LEVEL, complete, loss_gap, recipes
 from benchmarks.convergence_settings import Settings, chosen_settings, default_settings
-from benchmarks.model_steps import Measured
+from benchmarks.model_steps import LossMismatchError, Measured
 from benchmarks.report import TABLES
 from scalelong_fast.analysis import Training
 from scalelong_fast.analysis.convergence import SCALES
 from scalelong_fast.analysis.convergence_levels import compare_levels
 from scalelong_fast.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def quick_ceilings(monkeypatch):
+    measured = environment.ceilings
+    monkeypatch.setattr(environment, "ceilings", lambda device: measured(device, seconds=0.005))
 
 
 @pytest.fixture
@@ -37,7 +43,11 @@ def test_result_has_every_scaling_and_way_and_the_product_of_the_factors(setting
     assert records["eager_none"]["factor_throughput"] == 1
     assert records["eager_none"]["factor"] == 1
     for record in records.values():
-        assert record["loss_gap"] < 1e-4
+        if record["variant"].startswith("authors"):
+            assert record["loss_gap"] is record["steps_to_level"] is record["factor"] is None, "not trained by it"
+            assert record["factor_throughput"] > 0
+        else:
+            assert record["loss_gap"] < 1e-4
         if record["factor"] is not None:
             expected = records["eager_none"]["median_us"] / record["median_us"] * record["factor_steps"]
             assert record["factor"] == pytest.approx(expected, rel=1e-3)
@@ -74,7 +84,53 @@ def test_losses_that_differ_are_a_fault(settings, tmp_path, monkeypatch, capsys)
     out = tmp_path / "convergence.json"
     assert convergence.main(["--device", "cpu", "--workers", "1", "--out", str(out)], settings=settings) == 1
     assert "plain and fused losses differ by 0.5" in capsys.readouterr().out
-    assert not out.exists()
+
+
+def test_trainings_are_kept_where_a_recipe_computes_another_loss(settings, tmp_path, monkeypatch, capsys):
+    def mismatch(*args, **options):
+        raise LossMismatchError("ours_ls: another loss")
+
+    curve = {"steps": [0, 4], "losses": [1.0, 0.5]}
+    monkeypatch.setattr(convergence, "train_all", lambda settings, *_, **__: {"none": [curve], "uniform": [curve]})
+    monkeypatch.setattr(convergence, "loss_gap", lambda settings, scaling: 0.0)
+    monkeypatch.setattr(convergence, "measure", mismatch)
+    out = tmp_path / "results" / "here" / "convergence.json"
+    args = ["--device", "cpu", "--workers", "1", "--out", str(out)]
+    assert convergence.main(args, settings=settings) == 1
+    printed = capsys.readouterr().out
+    assert "error: ours_ls: another loss" in printed
+    assert "Written to" in printed
+    result = json.loads(out.read_text())
+    assert result["records"] == []
+    assert [len(curves) for curves in result["curves"].values()] == [2, 2], "a seed each"
+    assert "their steps not timed" in "\n".join(TABLES["convergence"](result, tmp_path))
+    picture = tmp_path / "convergence.png"
+    next(iter(report_plots.pictures(tmp_path / "results").values()))(picture)
+    assert picture.stat().st_size > 10_000
+    # What has been timed already is not given up for it.
+    timed = {**result, "records": [{"variant": "eager_none", "sources": [], "source_sha256": ""}]}
+    out.write_text(json.dumps(timed))
+    assert convergence.main(args, settings=settings) == 1
+    assert "Written to" not in capsys.readouterr().out
+    assert json.loads(out.read_text()) == timed
+
+
+def test_other_trainings_are_replaced_only_if_that_is_asked_for(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(convergence.environment, "RESULTS", tmp_path)
+    monkeypatch.setattr(convergence, "run", lambda *args, **options: ({"settings": {}, "records": []}, []))
+    where = convergence.environment.describe(torch.device("cpu"))
+    path = tmp_path / where["machine"] / "convergence.json"
+    path.parent.mkdir()
+    own = convergence.trained_settings(settings)
+    path.write_text(json.dumps({"settings": own}))
+    assert convergence.main(["--device", "cpu"], settings=settings) == 0, "the same trainings again"
+    others = json.dumps({"settings": {**own, "steps": 300}})
+    path.write_text(others)
+    with pytest.raises(UserError, match=r"--out: .*other trainings \(steps 300, not 4\)"):
+        convergence.main(["--device", "cpu"], settings=settings)
+    assert path.read_text() == others
+    assert convergence.main(["--device", "cpu", "--out", str(path)], settings=settings) == 0
+    assert path.read_text() != others
 
 
 def test_gap_is_zero_of_equal_trainings_and_seen_otherwise(settings, monkeypatch):

@@ -44,6 +44,23 @@ def test_a_part_that_fails_does_not_stop_the_others(told, tmp_path, capsys):
     assert cpu.main(args[:4]) == 0
 
 
+def test_an_older_file_is_not_shown_as_the_result_of_a_part(told, tmp_path, monkeypatch):
+    path = tmp_path / cpu.environment.machine_name(cpu.torch.device("cpu")) / "bad.json"
+    path.parent.mkdir()
+    path.write_text("old")
+    good, bad = cpu.run_parts(["good", "bad"], tmp_path, 60.0, cpu.Screen())
+    assert bad.path is None
+    assert good.path == path.with_name("good.json")
+    assert cpu.run_parts(["good"], tmp_path, 60.0, cpu.Screen())[0].path == good.path, "written anew"
+
+
+def test_that_no_part_had_time_is_a_failure(told, tmp_path, capsys):
+    assert cpu.main(["--out", str(tmp_path), "--minutes", "0.1", "--part", "good", "--part", "later"]) == 1
+    out = capsys.readouterr().out
+    assert "no part had time" in out
+    assert not list(tmp_path.rglob("good.json"))
+
+
 def test_shares_follow_the_weights_and_what_is_spared_goes_to_the_others(told, tmp_path):
     args = ["--out", str(tmp_path), "--minutes", "2", "--part", "good", "--part", "bad", "--part", "later"]
     cpu.main(args)

@@ -71,6 +71,51 @@ def test_with_little_time_rounds_are_fewer_and_what_is_left_is_named(tmp_path, c
     assert "Time is up; not measured: tiny U-ViT, ddim, batch 1." in capsys.readouterr().out
 
 
+def test_what_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    build = inference.build
+    built = []
+
+    def broken(config, kind, scaling, device):
+        built.append((kind, scaling))
+        if (kind, scaling) == ("ours", "none"):
+            raise torch.OutOfMemoryError("no room\nsecond line")
+        network = build(config, kind, scaling, device)
+        if (kind, scaling) == ("ours", "ls"):
+            with torch.no_grad():
+                next(iter(network.parameters())).mul_(2)
+        return network
+
+    monkeypatch.setattr(inference, "build", broken)
+    out = tmp_path / "results" / "machine" / "inference.json"
+    assert run(out, "--batch-size", "1", "--model", "tiny U-ViT") == 1
+    printed = capsys.readouterr().out
+    assert "tiny U-ViT, batch 1, ours_none: OutOfMemoryError: no room" in printed
+    assert "tiny U-ViT, batch 1, ours_ls: LossMismatchError" in printed
+    assert len(built) == 4, "both samplers have the same networks"
+    records = json.loads(out.read_text())["records"]
+    assert {(r["sampler"], r["variant"]) for r in records} == {
+        (sampler, f"eager_{scaling}") for sampler in ("dpm-solver++", "ddim") for scaling in ("none", "ls")
+    }
+    assert "| tiny U-ViT | eager_ls | ddim, 2 steps | 1 |" in report.render("inference", tmp_path / "results")
+
+
+def test_a_reference_that_fails_leaves_ratios_out(tmp_path):
+    config = TINY["tiny U-ViT"]
+    options = {"batch_size": 1, "screen": inference.Screen(), "autocast": None}
+    ready = inference.prepare("tiny", config, CPU, kinds=("ours",), **options)
+    records = inference.measure("tiny", config, CPU, ready, sampler="ddim", steps=1, rounds=1, **options)
+    assert [(r["variant"], r["time_over_eager"]) for r in records] == [("ours_none", None), ("ours_ls", None)]
+    _, (row, _) = inference.inference_rows(records)
+    assert "–" in row
+
+
+def test_past_its_share_of_the_time_nothing_is_compiled(capsys):
+    config, options = TINY["tiny U-ViT"], {"batch_size": 1, "screen": inference.Screen(), "autocast": None}
+    ready = inference.prepare("tiny", config, CPU, kinds=("compile", "eager"), deadline=0.0, **options)
+    assert list(ready.networks) == ["eager_none", "eager_ls"]
+    assert "Time is up; not measured: tiny, batch 1, compile_ls." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("config", TINY.values(), ids=TINY)
 def test_a_network_that_predicts_other_noise_is_not_timed(config):
     plain = inference.build(config, "eager", "ls", CPU)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import environment, report
-from benchmarks.report_models import losses, references
+from benchmarks.report_models import losses, not_compared, references
 
 
 def record(variant, direction="step", median_us=50000.0, **changes):
@@ -64,20 +64,38 @@ def test_a_row_has_all_directions_and_the_ratios_of_the_step(tmp_path):
 def test_fewer_rounds_and_stale_code_are_said(tmp_path):
     table = render(tmp_path, [record("ours_ls", rounds=3, source_sha256="0" * 12), record("eager_ls")])
     assert "| unet | ours_ls (stale) |" in table
-    assert "3 to 8 interleaved rounds" in table
+    assert "3 to 8 interleaved rounds of 5 steps" in table
+    assert "8 interleaved rounds of 1 to 5 steps" in render(
+        tmp_path, [record("ours_ls", steps_per_round=1), record("eager_ls")]
+    )
 
 
 def test_where_we_lose(tmp_path):
     plain = record("eager_ls", p20_us=39000.0, median_us=40000.0, p80_us=41000.0)
     slow = record("ours_ls", eager=1.25, compile=0.8)
-    assert losses([plain, slow]) == ["unet, ours_ls: 0.80 × eager_ls"]
-    assert "**Where we lose** (how many times faster, beyond the spread): unet, ours_ls: 0.80" in render(
+    assert losses([plain, slow]) == ["unet, batch 64, ours_ls: 0.80 × eager_ls"]
+    assert "**Where we lose** (how many times faster, beyond the spread): unet, batch 64, ours_ls: 0.80" in render(
         tmp_path, [plain, slow]
     )
     within = record("eager_ls", p20_us=39000.0, median_us=49900.0, p80_us=50500.0)
     assert losses([within, slow]) == []
     assert losses([plain, record("authors_ls", eager=1.25)]) == [], "of ours alone"
-    assert "nowhere, beyond the spread" in render(tmp_path, [within, slow])
+    other = {"shape": [8, 3, 64, 64]}
+    fast = [record("eager_ls", **other), record("ours_ls", eager=0.5, **other)]
+    assert losses([plain, slow, *fast]) == losses([plain, slow]), "another batch hides nothing"
+
+
+def test_nowhere_is_said_only_of_what_was_compared(tmp_path):
+    plain = record("eager_ls")
+    ours = record("ours_ls", authors=0.5, eager=0.5, compile=0.5)
+    table = render(tmp_path, [plain, ours])
+    assert "**Where we lose**: nowhere, beyond the spread." in table
+    assert "Not compared" not in table
+    table = render(tmp_path, [plain, record("ours_ls", eager=0.5)])
+    assert "nowhere that was compared" in table
+    assert "Not compared with: unet, batch 64: authors_ls, compile_ls." in table
+    other = record("eager_ls", shape=[8, 3, 64, 64])
+    assert not_compared([plain, ours, other]) == ["unet, batch 8: no step of ours was timed"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ CASES = {
     ),
     "robustness": (["--scalings", "none", "ls", *TRAINING], ["robustness"], "Fig. 3c"),
     "kappa": (TRAINING, ["kappa"], "Fig. 7"),
+    "convergence": (["--scalings", "none", "cs", "--extractor", "none", *TRAINING], ["convergence"], "Fig. 5"),
     "ablation": (["--tables", "4", "--samples", "70", *TRAINING], ["ablation-table-4"], "ScaleLong Table 4"),
 }
 

@@ -15,6 +15,10 @@ class AblationArguments(TrainingOptions):
     """The paper's ablations, a table of ours for each of its tables and figures (ScaleLong Tables 2 to 4, Fig. 6, 13).
     Without --tables and --figures all of them."""
 
+    scalings: tuple[str, ...] = ()
+    """Scalings of Fig. 6; the tables and Fig. 13 have their own."""
+    kappa: float | None = None
+    """Base κ of CS in Table 3 and Fig. 6; Table 4 and Fig. 13 have their own."""
     tables: tuple[int, ...] = ()
     """Tables of the paper: 2 (parts of LS), 3 (block outputs), 4 (direction)."""
     figures: tuple[int, ...] = ()

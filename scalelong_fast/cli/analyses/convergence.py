@@ -17,7 +17,7 @@ class ConvergenceArguments(TrainingOptions):
     every: int | None = None
     """Steps between looks at the loss."""
     sample_every: int | None = None
-    """Steps between looks at the samples; a multiple of --every."""
+    """Steps between looks at the samples, a multiple of --every; at most the scale's where it is not given."""
     samples: int | None = None
     """Images that a Fréchet distance is of."""
     extractor: str | None = None
@@ -34,7 +34,12 @@ def convergence(arguments: ConvergenceArguments) -> "list[Task]":
     from scalelong_fast.analysis.convergence import SCALES
 
     own = ("every", "sample_every", "samples", "extractor", "loss_levels", "distance_levels")
-    settings = with_training(SCALES[arguments.scale], arguments, *own)
+    scale = SCALES[arguments.scale]
+    steps = arguments.steps or scale.training.steps
+    every = min(scale.every, steps) if arguments.every is None else arguments.every
+    # The largest multiple of --every that fits; the last step is looked at in any case.
+    sample_every = max(1, min(scale.sample_every, steps) // max(1, every)) * every
+    settings = with_training(scale, arguments, *own, every=every, sample_every=sample_every)
     return [functools.partial(analyze_convergence, settings, workers=arguments.workers)]
 
 

@@ -53,8 +53,13 @@ class TrainingOptions(Common):
     """Training preset that gives network, data and optimiser."""
     scalings: tuple[str, ...] = ()
     """Scalings to compare."""
+    data: str | None = None
+    """Data set in the place of the preset's, which the preset's network must fit."""
+    path: Path | None = None
+    """Where the data lies: needed for folder and packed, optional for cifar10."""
     kappa: float | None = None
-    """Base κ of cs and cs-reversed."""
+    """Base κ of cs and cs-reversed. Networks are kept with it, so that another one trains those of the other scalings
+    again."""
     depth: int | None = None
     """Depth of a U-ViT."""
     steps: int | None = None
@@ -91,13 +96,21 @@ def given(arguments: Any, *names: str) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(arguments, name)) is not None and value != ()}
 
 
-def with_training(settings: Any, arguments: TrainingOptions, *names: str) -> Any:
-    """``settings`` of a scale with what was given in the place of its own."""
+def with_training(settings: Any, arguments: TrainingOptions, *names: str, **fitted: Any) -> Any:
+    """``settings`` of a scale with what was given in the place of its own.
+
+    Args:
+        settings: of the scale.
+        arguments: what was given.
+        names: of the options that the settings have beside the training's.
+        fitted: settings that the scale's own training had otherwise, where they are not given either.
+    """
     from scalelong_fast.models import UNetConfig
     from scalelong_fast.training import get_preset
 
-    changes = given(arguments, "preset", "scalings", "kappa", "depth", "steps", "batch_size", "seeds")
+    names_of_training = ("preset", "data", "path", "scalings", "kappa", "depth", "steps", "batch_size", "seeds")
+    changes = given(arguments, *names_of_training)
     if isinstance(get_preset(arguments.preset).model, UNetConfig):
         changes.setdefault("depth", None)
     training = dataclasses.replace(settings.training, **changes)
-    return dataclasses.replace(settings, training=training, **given(arguments, *names))
+    return dataclasses.replace(settings, training=training, **{**fitted, **given(arguments, *names)})

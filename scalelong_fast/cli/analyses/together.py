@@ -12,8 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from scalelong_fast.cli.analyses.options import Analysis, Common, DatasetOptions
-from scalelong_fast.errors import UserError
+from scalelong_fast.cli.analyses.options import Analysis, Common, DatasetOptions, TrainingOptions
+from scalelong_fast.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from scalelong_fast.cli.analyses.options import Task
@@ -26,6 +26,14 @@ DATASET = "digits"
 class AllArguments(Common):
     """Every analysis in sequence, with the sizes of the scale, on digits. The failure of one does not end the others;
     the same command run again goes on from the networks that were trained."""
+
+    workers: int | None = None
+    """Processes that share the networks of an analysis out; default: one for each GPU or, without any, for each
+    core."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None:
+            check_range("--workers", self.workers, low=1, integer=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +87,8 @@ def run_all(
 
 
 def _tasks(analysis: Analysis, arguments: AllArguments) -> "list[Task]":
-    own = analysis.arguments(scale=arguments.scale, out=arguments.out)
+    shared = {"workers": arguments.workers} if issubclass(analysis.arguments, TrainingOptions) else {}
+    own = analysis.arguments(scale=arguments.scale, out=arguments.out, **shared)
     positional = [DATASET] if issubclass(analysis.arguments, DatasetOptions) else []
     return analysis.tasks(own, *positional)
 

@@ -43,8 +43,12 @@ class RobustnessArguments(TrainingOptions):
 class LearntKappaArguments(TrainingOptions):
     """The κ_i that LS learns, beside the curves of CS (ScaleLong Fig. 7)."""
 
+    scalings: tuple[str, ...] = ()
+    """ls, ls-individual or both."""
+    kappa: float | None = None
+    """Not taken: LS learns its own."""
     runs: tuple[Path, ...] = ()
-    """Folders of trained runs to look at, instead of training."""
+    """Folders of trained runs to look at, instead of training; takes none of the other options but --out."""
 
 
 #: What stands for matrix UNets in the place of a preset.
@@ -58,6 +62,10 @@ def oscillation(arguments: OscillationArguments) -> "list[Task]":
     from scalelong_fast.analysis.oscillation import SCALES
 
     found = []
+    if arguments.preset in (None, MATRIX):
+        for name in ("data", "path"):
+            if (value := getattr(arguments, name)) is not None:
+                raise invalid(f"--{name}", str(value), "none for matrix UNets, which learn digits", "Name a --preset.")
     if arguments.preset != MATRIX:
         if arguments.preset is not None and arguments.block_depth is not None:
             raise invalid("--block-depth", arguments.block_depth, f"none for {arguments.preset}", "It is of matrix.")
@@ -65,12 +73,15 @@ def oscillation(arguments: OscillationArguments) -> "list[Task]":
         if arguments.preset is not None:  # the scale's rate is one for its own preset
             own = dataclasses.replace(own, learning_rate=None, warmup=None)
         named = dataclasses.replace(arguments, preset=arguments.preset or own.training.preset)
-        found.append(with_training(own, named, *WATCHED))
+        every = min(own.every, max(1, (arguments.steps or own.training.steps) // 4))
+        found.append(with_training(own, named, *WATCHED, every=every))
     if arguments.preset in (None, MATRIX):
         own = oscillation_matrix.SCALES[arguments.scale]
         changes = given(arguments, "scalings", "kappa", "depth", "block_depth", "steps", "batch_size", "seeds")
         training = dataclasses.replace(own.training, **changes)
-        found.append(dataclasses.replace(own, training=training, **given(arguments, *WATCHED)))
+        every = min(own.every, max(1, training.steps // 4))
+        own = dataclasses.replace(own, training=training, **{"every": every, **given(arguments, *WATCHED)})
+        found.append(own)
     return [functools.partial(analyze_oscillation, settings, workers=arguments.workers) for settings in found]
 
 
@@ -86,8 +97,24 @@ def learnt_kappa(arguments: LearntKappaArguments) -> "list[Task]":
     from scalelong_fast.analysis import analyze_learnt_kappa
     from scalelong_fast.analysis.learnt_kappa import SCALES
 
-    settings = with_training(SCALES[arguments.scale], arguments, "runs")
+    if arguments.runs:
+        _refuse_training(arguments)
+    if arguments.kappa is not None:
+        raise invalid("--kappa", arguments.kappa, "none, since LS learns its own")
+    own = SCALES[arguments.scale]
+    recordings = min(own.recordings, arguments.steps or own.training.steps)
+    settings = with_training(own, arguments, "runs", recordings=recordings)
     return [functools.partial(analyze_learnt_kappa, settings, workers=arguments.workers)]
+
+
+def _refuse_training(arguments: LearntKappaArguments) -> None:
+    """Raise where finished runs are looked at, and an option of networks to train was given all the same."""
+    for field in dataclasses.fields(arguments):
+        value = getattr(arguments, field.name)
+        if field.name not in ("runs", "out") and value != field.default:
+            raise invalid(
+                f"--{field.name.replace('_', '-')}", value, "none with --runs", "It is of networks that are trained."
+            )
 
 
 ANALYSES = {
