@@ -138,9 +138,8 @@ class StepBench:
         with torch.autocast(self.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             return network(noisy, self.schedule.model_timesteps(times), first.labels)
 
-    def authors(self, model: nn.Module, recipe: Any) -> Built:
+    def authors(self, model: nn.Module, recipe: Any, autocast: torch.dtype | None) -> Built:
         """A model in the authors' training step."""
-        autocast = self.autocast(recipe)
         step = AuthorsStep(model, autocast, self.execution(recipe.compiled).compiled)
         first = self.draws[0]
         count = 0
@@ -168,15 +167,19 @@ class StepBench:
             LossMismatchError: they are larger than its precision explains.
         """
         scaling, autocast = recipe.scaling, self.autocast(recipe)
-        if scaling not in self._exact:
-            with fp32_products(self.device, tf32=False):
-                self._exact[scaling] = self._plain_outcome(scaling, None)
-        exact = self._exact[scaling]
+        exact = self.exact(scaling)
         if (scaling, autocast) not in self._usual:
             self._usual[scaling, autocast] = model_check.errors(self._plain_outcome(scaling, autocast), exact)
         own = model_check.errors(model_check.outcome(built, autocast), exact)
         model_check.check(name, own, self._usual[scaling, autocast])
         return own
+
+    def exact(self, scaling: str) -> Outcome:
+        """What the plain model computes in float32."""
+        if scaling not in self._exact:
+            with fp32_products(self.device, tf32=False):
+                self._exact[scaling] = self._plain_outcome(scaling, None)
+        return self._exact[scaling]
 
     def _plain_outcome(self, scaling: str, autocast: torch.dtype | None) -> Outcome:
         names = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

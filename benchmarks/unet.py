@@ -145,7 +145,11 @@ class Bench(StepBench):
 
     def build(self, recipe: Recipe) -> Built:
         """See :meth:`StepBench.build`."""
-        return self.authors(self.model(recipe), recipe) if recipe.kind.startswith("authors") else super().build(recipe)
+        return (
+            self.authors(self.model(recipe), recipe, self.autocast(recipe))
+            if recipe.kind.startswith("authors")
+            else super().build(recipe)
+        )
 
     def plain_model(self, scaling: str) -> UNet:
         """See :meth:`StepBench.plain_model`."""

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import model_command, model_steps
+from benchmarks import model_check, model_command, model_steps
 from benchmarks.authors_recipe import AuthorsUViT
-from benchmarks.model_steps import Built, StepBench, Suite
+from benchmarks.model_check import Built, Errors
+from benchmarks.model_steps import StepBench, Suite
 from benchmarks.op_variants import op_files
 from benchmarks.report_models import model_rows
 from benchmarks.variants import STEP_SOURCES, UVIT_OPS
@@ -19,6 +20,7 @@ from scalelong_fast.integrations import load_uvit_checkpoint
 from scalelong_fast.integrations.checkpoints import convert_uvit_keys
 from scalelong_fast.models import UViT, UViTConfig
 from scalelong_fast.models.registry import model_config
+from scalelong_fast.training.hardware import fp32_products
 
 #: Presets by the name they have in results.
 MODELS = {"U-ViT-S/2": "uvit_s2", "U-ViT-M/4": "uvit_m4", "U-ViT-L/4": "uvit_l4"}
@@ -108,9 +110,30 @@ class Bench(StepBench):
         """See :meth:`StepBench.build`."""
         if recipe.fused is not None:
             return super().build(recipe)
+        return self._authors(recipe, self.autocast(recipe))
+
+    def check(self, name: str, recipe: Recipe, built: Built) -> Errors:
+        """See :meth:`StepBench.check`.
+
+        The authors' recipe is held to the plain model in float32, and under autocast to itself, eager: its narrow
+        features cost its gradients more digits than ours lose.
+        """
+        if recipe.fused is not None:
+            return super().check(name, recipe, built)
+        exact, autocast = self.exact(recipe.scaling), self.autocast(recipe)
+        eager = dataclasses.replace(recipe, compiled=False)
+        with fp32_products(self.device, tf32=False):
+            full = model_check.errors(model_check.outcome(self._authors(eager, None), None), exact)
+        model_check.check(f"{name} in float32", full, Errors(0.0, 0.0))
+        usual = model_check.errors(model_check.outcome(self._authors(eager, autocast), autocast), exact)
+        own = model_check.errors(model_check.outcome(built, autocast), exact)
+        model_check.check(name, own, usual)
+        return own
+
+    def _authors(self, recipe: Recipe, autocast: torch.dtype | None) -> Built:
         model = AuthorsUViT(dataclasses.replace(self.config, scaling=recipe.scaling))
         model.load_state_dict(self._own_weights(recipe.scaling))
-        built = self.authors(model.to(self.device), recipe)
+        built = self.authors(model.to(self.device), recipe, autocast)
         return built._replace(renamed=lambda gradients: convert_uvit_keys(gradients, self.config.num_skips))
 
     def model(self, recipe: Recipe) -> UViT:
