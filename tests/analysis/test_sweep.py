@@ -181,12 +181,12 @@ def _runs(pid):
 
 
 def _wait_for(condition):
-    until = time.monotonic() + 60
+    until = time.monotonic() + 200
     while time.monotonic() < until:
         if found := condition():
             return found
         time.sleep(0.05)
-    raise AssertionError("it did not happen within a minute")
+    raise AssertionError("it did not happen in time")
 
 
 def test_one_process_for_each_gpu_and_each_sees_its_own(monkeypatch):

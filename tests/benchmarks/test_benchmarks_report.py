@@ -89,10 +89,12 @@ def test_check_writes_nothing(repository):
 
 
 def test_a_row_shows_its_numbers_and_where_they_come_from(repository):
-    write_step(repository, step_record("authors_fp32", median_us=3000.0), step_record("ours"))
+    write_step(repository, step_record("authors_fp32", median_us=3000.0), step_record("ours", mfu=0.123))
     _, text = run(repository)
-    assert "| authors' recipe, fp32 | fp32 | 3 | 1.4 – 1.6 |" in text
-    assert "| scalelong_fast | fp32 | 1.5 | 1.4 – 1.6 | 2.133e+04 | 2.00 (2.00) | 2.00 (2.00) | 1.0e-07 |" in text
+    assert "| authors' recipe, fp32 | fp32 | 3 | 1.4 – 1.6 | 2.133e+04 | – |" in text
+    assert (
+        "| scalelong_fast | fp32 | 1.5 | 1.4 – 1.6 | 2.133e+04 | 12.3% | 2.00 (2.00) | 2.00 (2.00) | 1.0e-07 |" in text
+    )
     assert "With LS our step is 25.0 % longer than without." in text
     where = environment.describe(environment.torch.device("cpu"))
     for fact in ("Model cpu-test", where["torch"], where["python"], where["date"], "12 interleaved rounds of 3 steps"):
