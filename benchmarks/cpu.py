@@ -57,11 +57,11 @@ PARTS = {
     "uvit": Part(2.0),
     "unet": Part(2.0),
     "step": Part(3.0, (*_ON_CPU, *_EAGER_STEPS, "--steps", "1")),
+    "loader": Part(1.5, (*_ON_CPU, "--images", "4000")),
     "curves": Part(2.0),
     "attention": Part(1.0),
     "inference": Part(1.5),
     "convergence": Part(2.0, (*_ON_CPU, "--steps", "120", "--no-compile")),
-    "loader": Part(0.7, (*_ON_CPU, "--images", "4000")),
 }
 
 DONE, FAILED, STOPPED, NO_TIME = "done", "failed", "stopped: out of time", "not begun: no time left"
