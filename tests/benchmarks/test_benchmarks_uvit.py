@@ -159,12 +159,11 @@ def test_memory_is_read_without_gradients_left_from_the_last_call(monkeypatch):
 def test_models_after_the_first_are_compiled_too(tmp_path, monkeypatch):
     """Forms of one function are limited in number, and an exceeded limit is an error or, worse, silently eager."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     out = tmp_path / "uvit.json"
     names = ["compile_none"]
     models = {"a": TINY, "b": dataclasses.replace(TINY, embed_dim=64)}
-    assert run(out, models, "--compile", "--rounds", "1", "--direction", "fwd", names=names) == 0
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        assert run(out, models, "--compile", "--rounds", "1", "--direction", "fwd", names=names) == 0
     records = json.loads(out.read_text())["records"]
     assert [(r["model"], r["variant"]) for r in records] == [(label, name) for label in models for name in names]
     assert all(record["compiled"] for record in records)
