@@ -57,7 +57,7 @@ PARTS = {
     "uvit": Part(2.0),
     "unet": Part(2.0),
     "step": Part(3.0, (*_ON_CPU, *_EAGER_STEPS, "--steps", "1")),
-    "loader": Part(1.5, (*_ON_CPU, "--images", "4000")),
+    "loader": Part(2.2, (*_ON_CPU, "--images", "4000")),
     "curves": Part(2.0),
     "attention": Part(1.0),
     "inference": Part(1.5),
