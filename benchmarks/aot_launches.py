@@ -6,7 +6,9 @@ divisibility are thereby what they are at run time. Nothing here works under TRI
 """
 
 import hashlib
+import importlib
 import itertools
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -136,9 +138,13 @@ def _plain(value: Any) -> Any:
 @contextmanager
 def _pretence(target: Target, chosen: set[tuple[str, str, int]]) -> Iterator[None]:
     """Host functions find the target's table and multiprocessors; the lines that they take are noted."""
+    from scalelong_fast import kernels
     from scalelong_fast.kernels import configs, gemm
     from scalelong_fast.ops import problem
 
+    # A module first imported inside the block would keep the replacements for good.
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        importlib.import_module(module.name)
     lookup = configs.launch_config
 
     def noted(kernel: str, arch: str, dtype: str, width: int):
