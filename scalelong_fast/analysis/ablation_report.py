@@ -156,18 +156,23 @@ def _changes(row: dict[str, Any]) -> str:
 
 
 def draw(figure: "Figure", table: Table, rows: Sequence[dict[str, Any]]) -> None:
-    """Both measures of every row, those of one point side by side; a network that diverged has no mark."""
+    """Both measures of every row, those of one point side by side.
+
+    A row without any seed left has no mark, and one that lost some has a hollow one: those that are left went well.
+    """
     series = list(dict.fromkeys(row["series"] for row in rows))
     shared = len({row["point"] for row in rows}) < len(rows) and all(row["point"] for row in rows)
     places = [row["point"] if shared else row["label"] for row in rows]
     points = list(dict.fromkeys(places))
+    lost = ""
     for number, (measure, name) in enumerate(MEASURES.items(), start=1):
         axes = figure.add_subplot(1, 2, number)
         for line, called in enumerate(series):
             known = [n for n, row in enumerate(rows) if row["series"] == called and row[measure] is not None]
             shift = 0.5 * (line - (len(series) - 1) / 2) / len(series) if shared else 0
+            at = {n: points.index(places[n]) + shift for n in known}
             axes.errorbar(
-                [points.index(places[n]) + shift for n in known],
+                list(at.values()),
                 [rows[n][measure]["mean"] for n in known],
                 yerr=[rows[n][measure]["mean"] - rows[n][measure]["low"] for n in known],
                 marker="o",
@@ -175,10 +180,14 @@ def draw(figure: "Figure", table: Table, rows: Sequence[dict[str, Any]]) -> None
                 capsize=3,
                 label=called,
             )
+            for n in known:
+                if rows[n][measure]["count"] < len(rows[n]["outcomes"]):
+                    axes.plot(at[n], rows[n][measure]["mean"], "o", color="white", markersize=4, zorder=3)
+                    lost = "; hollow: seeds lost"
         axes.set_xticks(range(len(points)), points, rotation=30, ha="right")
         axes.set_ylabel(f"{name}, mean and 95 % band")
         axes.grid(True, axis="y", alpha=0.3)
     if shared:
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(series))
-    figure.suptitle(f"{table.title} ({table.reference})")
+    figure.suptitle(f"{table.title} ({table.reference}){lost}")
