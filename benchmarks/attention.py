@@ -4,23 +4,21 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import environment
 from benchmarks.attention_cases import AttentionCase, cases, total_bytes, total_flop, variants
+from benchmarks.command import add_device, add_out, by_device, check_names, device_of, finish, result_path
 from benchmarks.floors import DIRECTIONS
 from benchmarks.kept import kept_records, merge
 from benchmarks.ops import Outcome, measure_case
 from benchmarks.report_attention import attention_rows
 from benchmarks.screen import Screen
 from benchmarks.timing import check_seconds, round_speed_up, summarize
-from scalelong_fast.errors import check_range, unknown_name
+from scalelong_fast.errors import check_range
 from scalelong_fast.training.checkpoint import write_json
-from scalelong_fast.training.config import TrainConfig
-from scalelong_fast.training.hardware import resolve_execution
 
 ROUNDS = {"cuda": 20, "cpu": 5}
 #: Seconds after which no further shape begins.
@@ -100,21 +98,18 @@ def main(
 ) -> int:
     """Run the command; returns the exit code. The keywords shrink the benchmark for tests."""
     options = _parser().parse_args(args)
-    device = resolve_execution(TrainConfig(device=options.device, compile="off")).device
+    device = device_of(options)
     rounds = ROUNDS[device.type] if options.rounds is None else options.rounds
     check_range("--rounds", rounds, low=1, integer=True)
     budget = SECONDS[device.type] if options.seconds is None else options.seconds
     check_seconds(budget)
     found = cases(device) if selected is None else list(selected)
     known = list(dict.fromkeys(case.model for case in found))
-    for name in options.model or ():
-        if name not in known:
-            raise unknown_name("--model", name, known)
+    check_names("--model", options.model, known)
     found = [case for case in found if case.model in (options.model or known)]
     screen = Screen(width=None if sys.stdout.isatty() else 160)
     where = environment.describe(device)
-    path = options.out or environment.RESULTS / where["machine"] / "attention.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = result_path(options, where, "attention")
     limits = environment.ceilings(device)
     lists = {v.sources for case in found[:1] for v in variants(case, device, case.example(device))}
     hashes = {sources: environment.source_hash(sources) for sources in lists}
@@ -134,11 +129,7 @@ def main(
             write_json(path, {"environment": where, "settings": settings, "ceilings": limits, "records": records})
             advance()
     screen.table("Attention", *attention_rows(records), text_columns=4)
-    for fault in faults:
-        screen.print(f"benchmarks: error: {fault}", style="red")
-    if records:
-        screen.print(f"Written to {path}.")
-    return 1 if faults else 0
+    return finish(screen, faults, path if records else None)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,16 +140,8 @@ def _parser() -> argparse.ArgumentParser:
         "all interleaved, each checked against float64.",
     )
     parser.add_argument("--model", action="append", help="a preset; may be repeated (default: all, on a CPU a few)")
-    parser.add_argument("--device", default="auto", help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...")
-    on_gpu, on_cpu = ROUNDS["cuda"], ROUNDS["cpu"]
-    parser.add_argument(
-        "--rounds", type=int, help=f"visits of each backend (default: {on_gpu} on a GPU, {on_cpu} on a CPU)"
-    )
-    on_gpu, on_cpu = SECONDS["cuda"], SECONDS["cpu"]
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        help=f"begin no further shape after this time (default: {on_gpu:g} on a GPU, {on_cpu:g} on a CPU)",
-    )
-    parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/<machine>/attention.json)")
+    parser.add_argument("--rounds", type=int, help=f"visits of each backend ({by_device(ROUNDS)})")
+    parser.add_argument("--seconds", type=float, help=f"begin no further shape after this time ({by_device(SECONDS)})")
+    add_device(parser)
+    add_out(parser, "attention")
     return parser

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks import environment
+from benchmarks.command import add_device
 from benchmarks.compare_child import Child, ChildError, commit_of, extract, git
 from benchmarks.op_cases import cases as op_cases
 from benchmarks.screen import Screen
@@ -207,6 +208,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--match", metavar="TEXT", help="only cases whose name has this in it")
     parser.add_argument("--rounds", type=int, default=12, help="visits of each side (default: 12)")
     parser.add_argument("--tolerance", type=float, default=0.02, help="difference that is none (default: 0.02)")
-    parser.add_argument("--device", default="auto", help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...")
+    add_device(parser)
     parser.add_argument("--out", type=Path, help="write the figures as JSON, too")
     return parser

@@ -17,11 +17,14 @@ from typing import Any
 import torch
 
 from benchmarks import environment, uvit
+from benchmarks.command import add_device, add_out, device_of, finish
 from benchmarks.convergence_settings import Settings, chosen_settings, default_settings
 from benchmarks.kept import kept_records, merge
-from benchmarks.model_steps import WARM_UP_STEPS, LossMismatchError, Measured, measure
+from benchmarks.model_check import LossMismatchError
+from benchmarks.model_steps import Measured, measure
 from benchmarks.report_convergence import BASELINE, convergence_rows
 from benchmarks.screen import Screen
+from benchmarks.step_calls import WARM_UP_STEPS
 from benchmarks.uvit import Recipe
 from benchmarks.variants import STEP_SOURCES
 from scalelong_fast.analysis import Units
@@ -32,7 +35,6 @@ from scalelong_fast.data.optional import import_optional
 from scalelong_fast.errors import check_range, invalid
 from scalelong_fast.training import TrainConfig
 from scalelong_fast.training.checkpoint import write_json
-from scalelong_fast.training.hardware import resolve_execution
 
 #: Ways to compute a step; ``eager`` is plain PyTorch, whose step without scaling is what all are set against.
 KINDS = ("eager", "ours", "ours_compile", "authors")
@@ -234,7 +236,7 @@ def run(
 def main(args: Sequence[str], *, settings: Settings | None = None) -> int:
     """Run the command; returns the exit code. The keyword shrinks the benchmark for tests."""
     options = _parser().parse_args(args)
-    device = resolve_execution(TrainConfig(device=options.device, compile="off")).device
+    device = device_of(options)
     check_range("--rounds", options.rounds, low=1, integer=True)
     check_range("--seconds", options.seconds, low=0)
     settings = chosen_settings(options, settings or default_settings(device))
@@ -263,12 +265,10 @@ def main(args: Sequence[str], *, settings: Settings | None = None) -> int:
         screen.table("Convergence", headings, rows, text_columns=2)
     old = [] if others else kept_records(path, where, result["settings"])
     merged = merge(old, result["records"], lambda record: "convergence", screen)
-    if merged == result["records"]:
+    written = merged == result["records"]
+    if written:
         write_json(path, {"environment": where, **result})
-        screen.print(f"Written to {path}.")
-    for fault in faults:
-        screen.print(f"benchmarks: error: {fault}", style="red")
-    return int(bool(faults))
+    return finish(screen, faults, path if written else None)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -277,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Steps and seconds to a loss by scaling, plain and fused: the factor of a scaling in steps times "
         "that in throughput.",
     )
-    parser.add_argument("--device", default="auto", help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...")
+    add_device(parser)
     parser.add_argument("--scale", choices=tuple(SCALES), help="train what scalelong-fast analyze convergence does")
     parser.add_argument("--units", type=Path, help="folder that keeps the trainings, e.g. runs/analysis/units")
     parser.add_argument("--preset", help="training preset of a U-ViT (default: digits-uvit; on a GPU cifar10-uvit)")
@@ -293,5 +293,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds", type=float, default=450.0, help="leave out seeds, recipes and rounds to end by then (default: 450)"
     )
-    parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/<machine>/convergence.json)")
+    add_out(parser, "convergence")
     return parser

@@ -10,23 +10,33 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import environment, unet, uvit
+from benchmarks.command import (
+    add_compile,
+    add_device,
+    add_out,
+    by_device,
+    check_names,
+    compiles,
+    device_of,
+    finish,
+    result_path,
+)
 from benchmarks.kept import kept_records, merge
-from benchmarks.model_steps import LossMismatchError, Suite, measure
+from benchmarks.model_check import LossMismatchError
+from benchmarks.model_steps import Suite, measure
 from benchmarks.report_curves import SWEEPS, curves_rows
 from benchmarks.screen import Screen
 from benchmarks.timing import check_seconds
-from scalelong_fast.errors import check_range, unknown_name
+from scalelong_fast.errors import check_range
 from scalelong_fast.models import UNetConfig, UViTConfig
 from scalelong_fast.models.registry import model_config
 from scalelong_fast.training.checkpoint import write_json
 from scalelong_fast.training.config import TrainConfig
-from scalelong_fast.training.hardware import resolve_execution
 
 ROUNDS = {"cuda": 10, "cpu": 5}
 STEPS = {"cuda": 5, "cpu": 1}
@@ -218,25 +228,20 @@ def _identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
 def main(args: Sequence[str], *, chosen: Mapping[str, Curves] | None = None) -> int:
     """Run the command; returns the exit code. The keyword shrinks the benchmark for tests."""
     options = _parser().parse_args(args)
-    device = resolve_execution(TrainConfig(device=options.device, compile="off")).device
+    device = device_of(options)
     rounds = ROUNDS[device.type] if options.rounds is None else options.rounds
     check_range("--rounds", rounds, low=1, integer=True)
     budget = SECONDS[device.type] if options.seconds is None else options.seconds
     check_seconds(budget)
     found = dict(curves(device) if chosen is None else chosen)
-    for label in options.model or ():
-        if label not in found:
-            raise unknown_name("--model", label, found)
-    for sweep in options.sweep or ():
-        if sweep not in SWEEPS:
-            raise unknown_name("--sweep", sweep, SWEEPS)
+    check_names("--model", options.model, found)
+    check_names("--sweep", options.sweep, SWEEPS)
     found = {label: model for label, model in found.items() if label in (options.model or found)}
     sweeps = [sweep for sweep in SWEEPS if sweep in (options.sweep or SWEEPS)]
-    compiled = device.type == "cuda" if options.compile is None else options.compile
+    compiled = compiles(options, device)
     screen = Screen(width=None if sys.stdout.isatty() else 160)
     where = environment.describe(device)
-    path = options.out or environment.RESULTS / where["machine"] / "curves.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = result_path(options, where, "curves")
     settings = {"rounds": rounds, "steps_per_round": STEPS[device.type], "compiled": compiled}
     records = kept_records(path, where, settings)
     limits = environment.ceilings(device)
@@ -258,11 +263,7 @@ def main(args: Sequence[str], *, chosen: Mapping[str, Curves] | None = None) -> 
             screen.print(f"benchmarks: error: {error}", style="red")
             return 1
     screen.table("Growth", *curves_rows(records), text_columns=3)
-    for fault in faults:
-        screen.print(f"benchmarks: error: {fault}", style="red")
-    if records:
-        screen.print(f"Written to {path}.")
-    return 1 if faults else 0
+    return finish(screen, faults, path if records else None)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -274,20 +275,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", action="append", help="may be repeated; names as in the result file (default: all)")
     parser.add_argument("--sweep", action="append", help=f"may be repeated; of {', '.join(SWEEPS)} (default: all)")
-    parser.add_argument("--device", default="auto", help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...")
-    on_gpu, on_cpu = ROUNDS["cuda"], ROUNDS["cpu"]
-    parser.add_argument(
-        "--rounds", type=int, help=f"visits of each recipe (default: {on_gpu} on a GPU, {on_cpu} on a CPU)"
-    )
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only, as it takes minutes"
-    )
-    on_gpu, on_cpu = SECONDS["cuda"], SECONDS["cpu"]
+    parser.add_argument("--rounds", type=int, help=f"visits of each recipe ({by_device(ROUNDS)})")
+    add_compile(parser)
     parser.add_argument(
         "--seconds",
         type=float,
-        help=f"end after about this time (default: {on_gpu:g} on a GPU, {on_cpu:g} on a CPU): leave out points, "
+        help=f"end after about this time ({by_device(SECONDS)}): leave out points, "
         "compiled recipes first, and make fewer rounds",
     )
-    parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/<machine>/curves.json)")
+    add_device(parser)
+    add_out(parser, "curves")
     return parser

@@ -9,15 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks import environment
+from benchmarks.command import add_compile, add_device, add_out, by_device, check_names, compiles, finish, result_path
 from benchmarks.kept import kept_records, merge
-from benchmarks.model_steps import described
 from benchmarks.op_timing import peak_bytes
 from benchmarks.report_inference import inference_rows
 from benchmarks.sampling import (
@@ -36,9 +35,9 @@ from benchmarks.sampling import (
     sources,
 )
 from benchmarks.screen import Screen
-from benchmarks.timing import check_seconds, rotate, round_speed_up, summarize, synchronize
+from benchmarks.timing import check_seconds, described, rotate, round_speed_up, summarize, survivors, synchronize
 from benchmarks.variants import dtype_name
-from scalelong_fast.errors import check_range, unknown_name
+from scalelong_fast.errors import check_range
 from scalelong_fast.training.checkpoint import write_json
 from scalelong_fast.training.config import TrainConfig
 from scalelong_fast.training.hardware import resolve_execution
@@ -153,27 +152,26 @@ def measure(
         sample(model, config, device, sampler=sampler, batch_size=batch_size, steps=steps, autocast=autocast)
         return time.perf_counter() - start
 
-    networks = {f"{kind}_{s}": ready.networks.get(f"{kind}_{s}") for s in SCALINGS for kind in KINDS}
-    visits: dict[str, Callable[[], float]] = {}
-    for name, network in networks.items():
-        if network is None:
-            continue
-        run = functools.partial(visit, network)
-        try:
-            run()
-        except Exception as fault:  # as in preparing
-            ready.faults.append(described(f"{label}, {sampler}, batch {batch_size}, {name}", fault))
-            screen.print(ready.faults[-1], style="red")
-            continue
-        visits[name] = run
-    with screen.progress(f"{label}, {sampler}, batch {batch_size}", rounds * len(visits)) as advance:
-        times = rotate(visits, rounds=rounds, tick=lambda name: advance(), deadline=deadline)
+    runs = {name: functools.partial(visit, network) for name, network in ready.networks.items()}
+    order = [f"{kind}_{scaling}" for scaling in SCALINGS for kind in KINDS]
+
+    def failed(name: str, error: BaseException) -> None:
+        ready.faults.append(described(f"{label}, {sampler}, batch {batch_size}, {name}", error))
+        screen.print(ready.faults[-1], style="red")
+
+    def timed(visits: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+        for run in visits.values():
+            run()  # untimed: the first sampling warms up
+        with screen.progress(f"{label}, {sampler}, batch {batch_size}", rounds * len(visits)) as advance:
+            return rotate(visits, rounds=rounds, tick=lambda name: advance(), deadline=deadline)
+
+    times = survivors(timed, {name: runs[name] for name in order if name in runs}, failed)
 
     def over(name: str, other: str) -> float | None:
         return round(1 / round_speed_up(times[other], times[name]), 4) if other in times else None
 
     records = []
-    for name in visits:
+    for name in times:
         kind, scaling = name.rsplit("_", 1)
         summary = summarize(times[name])
         files, digest = ready.files[name]
@@ -215,19 +213,14 @@ def main(args: Sequence[str], *, chosen: Mapping[str, Any] | None = None) -> int
     check_seconds(budget)
     for batch_size in options.batch_size or ():
         check_range("--batch-size", batch_size, low=1, integer=True)
-    for sampler in options.sampler or ():
-        if sampler not in SAMPLERS:
-            raise unknown_name("--sampler", sampler, SAMPLERS)
+    check_names("--sampler", options.sampler, SAMPLERS)
     found = dict(models(device) if chosen is None else chosen)
-    for label in options.model or ():
-        if label not in found:
-            raise unknown_name("--model", label, found)
-    compiled = device.type == "cuda" if options.compile is None else options.compile
+    check_names("--model", options.model, found)
+    compiled = compiles(options, device)
     kinds = [kind for kind in KINDS if compiled or not kind.endswith("compile")]
     screen = Screen(width=None if sys.stdout.isatty() else 160)
     where = environment.describe(device)
-    path = options.out or environment.RESULTS / where["machine"] / "inference.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = result_path(options, where, "inference")
     settings = {"rounds": options.rounds, "steps": options.steps}
     records = kept_records(path, where, settings)
     limits = environment.ceilings(device)
@@ -267,11 +260,7 @@ def main(args: Sequence[str], *, chosen: Mapping[str, Any] | None = None) -> int
                 write_json(path, {"environment": where, "settings": settings, "ceilings": limits, "records": records})
                 screen.table("Sampling", *inference_rows(new), text_columns=3)
         faults += [] if ready is None else ready.faults
-    for fault in faults:
-        screen.print(f"benchmarks: error: {fault}", style="red")
-    if records:
-        screen.print(f"Written to {path}.")
-    return 1 if faults else 0
+    return finish(screen, faults, path if records else None)
 
 
 def _plain(config: Any) -> Any:
@@ -293,16 +282,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, action="append", help="may be repeated (default: 1 and a larger one)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"calls of the model for an image (default: {STEPS})")
     parser.add_argument("--rounds", type=int, default=5, help="samplings of each (default: 5)")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only, as it takes minutes"
-    )
-    on_gpu, on_cpu = SECONDS["cuda"], SECONDS["cpu"]
+    add_compile(parser)
     parser.add_argument(
         "--seconds",
         type=float,
-        help=f"end after about this time (default: {on_gpu:g} on a GPU, {on_cpu:g} on a CPU): make fewer rounds, and "
-        "leave out what comes last",
+        help=f"end after about this time ({by_device(SECONDS)}): make fewer rounds, and leave out what comes last",
     )
-    parser.add_argument("--device", default="auto", help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/<machine>/inference.json)")
+    add_device(parser)
+    add_out(parser, "inference")
     return parser

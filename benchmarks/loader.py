@@ -17,17 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from benchmarks import environment
+from benchmarks.command import add_device, add_out, device_of, finish, result_path
 from benchmarks.report_loader import loader_table
+from benchmarks.screen import Screen
 from benchmarks.timing import check_seconds, rotate, synchronize
 from scalelong_fast.data import ShuffledOrder
 from scalelong_fast.data.packed import Field, PackedSet, PackedWriter, Plan
 from scalelong_fast.data.prefetch import Prefetcher
 from scalelong_fast.errors import check_range
 from scalelong_fast.training.checkpoint import write_json
-from scalelong_fast.training.hardware import resolve_device
 
 SOURCES = (
     "benchmarks/loader.py",
@@ -176,16 +176,16 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="visits of each variant (default: 7)")
     parser.add_argument("--steps", type=int, default=60, help="steps of a visit (default: 60)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="end after about this time, with fewer rounds")
-    parser.add_argument("--device", default="auto", help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...")
+    add_device(parser)
     parser.add_argument("--folder", type=Path, help="where to put the temporary set (default: the system's place)")
-    parser.add_argument("--out", type=Path, help="result file (default: .../<machine>/loader.json)")
+    add_out(parser, "loader")
     options = parser.parse_args(args)
     for name in ("images", "batch_size", "rounds", "steps"):
         check_range(f"--{name.replace('_', '-')}", getattr(options, name), low=1, integer=True)
     check_range("--rate", options.rate, low=0, low_open=True)
     check_seconds(options.seconds)
     deadline = time.perf_counter() + options.seconds
-    device = resolve_device(options.device, "--device")
+    device = device_of(options)
     where = environment.describe(device)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         dataset = write_set(Path(folder) / "set", options.images)
@@ -207,10 +207,8 @@ def main(args: Sequence[str]) -> int:
         "ceilings": environment.ceilings(device),
         "records": records,
     }
-    out = options.out or environment.RESULTS / where["machine"] / "loader.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, result)
-    console = Console(width=120)
-    console.print("\n".join(loader_table(result, environment.ROOT)), markup=False, highlight=False)
-    console.print(f"Written to {out}.", soft_wrap=True, markup=False, highlight=False)
-    return 0
+    path = result_path(options, where, "loader")
+    write_json(path, result)
+    screen = Screen(width=120)
+    screen.print("\n".join(loader_table(result, environment.ROOT)))
+    return finish(screen, [], path)

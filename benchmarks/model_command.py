@@ -6,27 +6,21 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from benchmarks import environment
+from benchmarks.command import add_compile, add_device, add_out, check_names, compiles, device_of, finish, result_path
 from benchmarks.kept import kept_records, merge
-from benchmarks.model_steps import (
-    DIRECTIONS,
-    WARM_UP_STEPS,
-    LossMismatchError,
-    Suite,
-    identity,
-    measure,
-)
+from benchmarks.model_check import LossMismatchError
+from benchmarks.model_steps import Suite, identity, measure
 from benchmarks.screen import Screen
+from benchmarks.step_calls import DIRECTIONS, WARM_UP_STEPS
 from benchmarks.timing import check_seconds
 from scalelong_fast.errors import check_range, invalid, unknown_name
 from scalelong_fast.models import ModelConfig
 from scalelong_fast.training.checkpoint import write_json
 from scalelong_fast.training.config import Precision, TrainConfig
-from scalelong_fast.training.hardware import resolve_execution
 
 
 def run(
@@ -41,7 +35,7 @@ def run(
     options = _parser(suite).parse_args(args)
     check_range("--rounds", options.rounds, low=1, integer=True)
     check_seconds(options.seconds)
-    device = resolve_execution(TrainConfig(device=options.device, compile="off")).device
+    device = device_of(options)
     gpu = device.type == "cuda"
     steps = (5 if gpu else 1) if options.steps is None else options.steps
     check_range("--steps", steps, low=1, integer=True)
@@ -55,20 +49,15 @@ def run(
                 raise invalid("--model", label, f"{', '.join(models)} on this device")
             raise unknown_name("--model", label, models)
     chosen = {label: config for label, config in models.items() if label in (options.model or models)}
-    for name in options.recipe or ():
-        if name not in suite.recipes:
-            raise unknown_name("--recipe", name, suite.recipes)
+    check_names("--recipe", options.recipe, suite.recipes)
     wanted = options.recipe or names or suite.recipes
-    for direction in options.direction or ():
-        if direction not in DIRECTIONS:
-            raise unknown_name("--direction", direction, DIRECTIONS)
+    check_names("--direction", options.direction, DIRECTIONS)
     screen = Screen(width=None if sys.stdout.isatty() else 170)
     where = environment.describe(device)
-    path = options.out or environment.RESULTS / where["machine"] / f"{suite.command}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = result_path(options, where, suite.command)
     settings = {"rounds": options.rounds, "steps_per_round": steps, "warm_up_steps": WARM_UP_STEPS}
     records = kept_records(path, where, settings)
-    compiled = gpu if options.compile is None else options.compile
+    compiled = compiles(options, device)
     faults: list[str] = []
     measured = written = False
     for number, (label, config) in enumerate(chosen.items()):
@@ -104,14 +93,10 @@ def run(
             write_json(path, {"environment": where, "settings": settings, "ceilings": new.limits, "records": records})
         headings, rows = suite.table(new.records)
         screen.table("Training step", headings, rows, text_columns=2)
-    for fault in faults:
-        screen.print(f"benchmarks: error: {fault}", style="red")
     if not measured and not faults:
         mend = "" if compiled else "Recipes that compile need --compile here."
         raise invalid("--recipe", ", ".join(wanted), "one that the model can have on this device", mend)
-    if written:
-        screen.print(f"Written to {path}.")
-    return 1 if faults else 0
+    return finish(screen, faults, path if written else None)
 
 
 def in_precision(suite: Suite, precision: Precision) -> Suite:
@@ -126,7 +111,7 @@ def in_precision(suite: Suite, precision: Precision) -> Suite:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that the suites share."""
-    parser.add_argument("--device", default="auto", help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...")
+    add_device(parser)
     parser.add_argument(
         "--direction", action="append", help=f"may be repeated; of {', '.join(DIRECTIONS)} (default: all)"
     )
@@ -138,9 +123,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=8, help="visits of each recipe (default: 8)")
     parser.add_argument("--steps", type=int, help="timed steps of a visit (default: 5 on a GPU, 1 on a CPU)")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only, as it takes minutes"
-    )
+    add_compile(parser)
     parser.add_argument(
         "--seconds",
         type=float,
@@ -161,8 +144,6 @@ def _parser(suite: Suite) -> argparse.ArgumentParser:
     sizes = {kind: {suite.batch_size(label, torch.device(kind)) for label in suite.presets} for kind in ("cuda", "cpu")}
     on_gpu, on_cpu = (" or ".join(map(str, sorted(sizes[kind]))) for kind in ("cuda", "cpu"))
     parser.add_argument("--batch-size", type=int, help=f"images a step (default: {on_gpu} on a GPU, {on_cpu} on a CPU)")
-    parser.add_argument(
-        "--out", type=Path, help=f"result file (default: benchmarks/results/<machine>/{suite.command}.json)"
-    )
+    add_out(parser, suite.command)
     suite.add_options(parser)
     return parser

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import gc
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.op_cases import Case
 from benchmarks.op_variants import Variant
+from benchmarks.screen import quiet
 from benchmarks.timing import rotate, stopwatch, synchronize
 from scalelong_fast.ops.examples import Example
 
@@ -214,19 +214,6 @@ def check_accuracy(case: Case, name: str, own: Accuracy, eager: Accuracy) -> Non
 # Memory and launches --------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the profiler's own notes off standard error."""
-    saved = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-
-
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """Most bytes that PyTorch held during a call, above what it held before; results included."""
     if device.type == "cuda":
@@ -240,7 +227,10 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         return peak
     from torch.profiler import ProfilerActivity, profile
 
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
+    with (
+        quiet(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler,
+    ):
         result = call()
     del result
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -258,7 +248,10 @@ def count_launches(calls: Mapping[str, Callable[[], object]], device: torch.devi
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    with _quiet(), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=False) as profiler:
+    with (
+        quiet(),
+        profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=False) as profiler,
+    ):
         for name, call in calls.items():
             torch.cuda.synchronize(device)
             with record_function(f"call:{name}"):

@@ -7,13 +7,14 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import environment
+from benchmarks.command import add_device, add_out, check_names, device_of, finish
 from benchmarks.floors import DIRECTIONS, Limits, total_bytes, total_flop
 from benchmarks.op_cases import OPS, Case, cases
 from benchmarks.op_timing import (
@@ -37,10 +38,9 @@ from benchmarks.op_variants import Variant, no_interpreter, source_lists, varian
 from benchmarks.report_ops import case_name, ops_summary
 from benchmarks.screen import Screen
 from benchmarks.timing import speed_up, summarize
-from scalelong_fast.errors import UserError, check_range, unknown_name
+from scalelong_fast.errors import UserError, check_range
 from scalelong_fast.training.checkpoint import write_json
-from scalelong_fast.training.config import TrainConfig
-from scalelong_fast.training.hardware import find_cxx_compiler, resolve_execution
+from scalelong_fast.training.hardware import find_cxx_compiler
 
 ROUNDS = {"cuda": 20, "cpu": 7}
 
@@ -418,17 +418,15 @@ def main(
         "are not selected keep their records while their sources stand.",
     )
     parser.add_argument("--op", action="append", help=f"only this op; may be repeated; of {', '.join(OPS)}")
-    parser.add_argument("--device", default="auto", help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...")
+    add_device(parser)
     parser.add_argument("--rounds", type=int, help="visits of each variant (default: 20 on a GPU, 7 on a CPU)")
     parser.add_argument("--reduced", action="store_true", help="the CPU's small shapes on a GPU too")
     parser.add_argument("--missing", action="store_true", help="only what the result file does not have yet")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further case after this time")
-    parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/<machine>/ops.json)")
+    add_out(parser, "ops")
     options = parser.parse_args(args)
-    for op in options.op or ():
-        if op not in OPS:
-            raise unknown_name("--op", op, OPS)
-    device = resolve_execution(replace(TrainConfig(), device=options.device, compile="off")).device
+    check_names("--op", options.op, OPS)
+    device = device_of(options)
     if selected is None:
         selected = cases(device, options.reduced, tuple(op for op in OPS if op in (options.op or OPS)))
     elif options.op:
@@ -450,7 +448,4 @@ def main(
     wanted = {case.key for case in selected}
     headings, rows = ops_summary([record for record in result["records"] if _identity(record) in wanted])
     screen.table("Summary", headings, rows, text_columns=2)
-    for fault in faults:
-        screen.print(f"benchmarks: error: {fault}", style="red")
-    screen.print(f"Written to {path}.")
-    return 1 if faults else 0
+    return finish(screen, faults, path)

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from benchmarks import environment
+from benchmarks.command import add_out, finish, result_path
 from benchmarks.report_scaling import scaling_table
+from benchmarks.screen import Screen
 from benchmarks.timing import rotate, round_speed_up, speed_up, summarize
 from benchmarks.variants import COMMON_SOURCES, MODEL
 from scalelong_fast.errors import UserError, check_range
@@ -236,7 +236,7 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, default=2, help="of every team altogether (default: 2)")
     parser.add_argument("--rounds", type=int, default=9, help="visits of each team (default: 9)")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a visit (default: 10)")
-    parser.add_argument("--out", type=Path, help="result file (default: .../<machine>/scaling.json)")
+    add_out(parser, "scaling")
     options = parser.parse_args(args)
     for name in ("processes", "threads", "rounds", "steps"):
         check_range(f"--{name}", getattr(options, name), low=1, integer=True)
@@ -245,12 +245,12 @@ def main(args: Sequence[str]) -> int:
             f"--threads: got {options.threads}, expected a multiple of --processes ({options.processes}), which share "
             "them equally."
         )
-    device, console = torch.device("cpu"), Console(width=120)
+    device, screen = torch.device("cpu"), Screen(width=120)
     where = {**environment.describe(device), "threads": options.threads}
     records = []
     for label in options.models:
         model, batch_size = MODELS[label]
-        console.print(f"{label}: {options.rounds} rounds of {options.steps} steps", highlight=False)
+        screen.print(f"{label}: {options.rounds} rounds of {options.steps} steps")
         records += measure(
             label,
             model,
@@ -266,9 +266,7 @@ def main(args: Sequence[str]) -> int:
         "ceilings": environment.ceilings(device),
         "records": records,
     }
-    out = options.out or environment.RESULTS / where["machine"] / "scaling.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, result)
-    console.print("\n".join(scaling_table(result, environment.ROOT)), markup=False, highlight=False)
-    console.print(f"Written to {out}.", soft_wrap=True, markup=False, highlight=False)
-    return 0
+    path = result_path(options, where, "scaling")
+    write_json(path, result)
+    screen.print("\n".join(scaling_table(result, environment.ROOT)))
+    return finish(screen, [], path)

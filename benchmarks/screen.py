@@ -1,6 +1,7 @@
 """Lines, tables and progress on the screen: with rich where it is installed, else in plain text."""
 
 import contextlib
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -78,3 +79,16 @@ def plain_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
         return "  ".join(cells).rstrip()
 
     return [title, aligned(headings), "  ".join("-" * width for width in widths), *map(aligned, rows)]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what C++ code writes to standard error off the screen: PyTorch's profiler has notes for its developers."""
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)

@@ -4,12 +4,12 @@ import argparse
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import environment
+from benchmarks.command import add_device, add_out, device_of, finish, result_path
 from benchmarks.screen import Screen
 from benchmarks.timing import check_seconds, interleave, round_speed_up, speed_up, summarize, synchronize
 from benchmarks.uvit import training_flop
@@ -17,8 +17,6 @@ from benchmarks.variants import HASHES, MODEL, VARIANTS, Variant, Workbench
 from scalelong_fast.errors import check_range, unknown_name
 from scalelong_fast.models import UViTConfig
 from scalelong_fast.training.checkpoint import write_json
-from scalelong_fast.training.config import TrainConfig
-from scalelong_fast.training.hardware import resolve_execution
 
 #: Variants that the others are set in relation to; ours_none shows what LS costs.
 REFERENCES = ("authors_fp32", "authors_bf16", "ours_none")
@@ -227,11 +225,11 @@ def main(
     parser.add_argument("--rounds", type=int, default=12, help="visits of each variant (default: 12)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a visit (default: 3; on a GPU take 50)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="end after about this time, with fewer rounds")
-    parser.add_argument("--device", default="auto", help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/<machine>/step.json)")
+    add_device(parser)
+    add_out(parser, "step")
     options = parser.parse_args(args)
     screen = Screen()
-    device = resolve_execution(TrainConfig(device=options.device, compile="off")).device
+    device = device_of(options)
     try:
         result = measure(
             device,
@@ -246,9 +244,7 @@ def main(
     except LossMismatchError as error:
         screen.print(f"benchmarks: error: {error}", style="red")
         return 1
-    path = options.out or environment.RESULTS / result["environment"]["machine"] / "step.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = result_path(options, result["environment"], "step")
     write_json(path, result)
     show(result, screen)
-    screen.print(f"Written to {path}.")
-    return 0
+    return finish(screen, [], path)

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import environment
+from benchmarks.command import add_device, add_out
 from benchmarks.report import stream_summary
 from scalelong_fast.data import ImageDataset, load_images, to_unit_range
 from scalelong_fast.diffusion import NoiseSchedule, create_schedule, diffusion_loss, stratified_uniform
@@ -201,8 +202,8 @@ def main(args: Sequence[str]) -> int:
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each dtype (default: 3)")
     parser.add_argument("--steps", type=int, default=2000, help="training steps of a run (default: 2000)")
-    parser.add_argument("--device", default="auto", help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--out", type=Path, help="result file (default: .../<machine>/residual_dtype.json)")
+    add_device(parser)
+    add_out(parser, "residual_dtype")
     options = parser.parse_args(args)
     console = Console()
     result = compare(seeds=options.seeds, steps=options.steps, device=options.device, out=options.out, console=console)

@@ -6,8 +6,8 @@ A GPU is waited for in every call. Recipes that compile are left out on a CPU, w
 import pytest
 import torch
 
-from benchmarks.model_steps import DIRECTIONS, calls_of
 from benchmarks.models import SUITES
+from benchmarks.step_calls import DIRECTIONS, calls_of
 from benchmarks.timing import synchronize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,3 +145,46 @@ def interleave(
 
     visits = {name: functools.partial(visit, step) for name, step in variants.items()}
     return rotate(visits, rounds=rounds, tick=tick, deadline=deadline)
+
+
+class _CallError(RuntimeError):
+    """A call that was timed failed; the only argument is its name."""
+
+
+def survivors(
+    measure: Callable[[Mapping[Any, Callable[[], Any]]], dict[Any, list[float]]],
+    calls: Mapping[Any, Callable[[], Any]],
+    failed: Callable[[Any, BaseException], None],
+) -> dict[Any, list[float]]:
+    """Measure calls, and where one fails (no memory is left, as a rule) the others from the start without it.
+
+    Args:
+        measure: such as :func:`interleave`.
+        calls: by name.
+        failed: told the name of each that failed, and what it raised.
+
+    Returns:
+        What ``measure`` returned for those that are left; empty where none is.
+    """
+
+    def named(name: Any, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            raise _CallError(name) from error
+
+    left = dict(calls)
+    while left:
+        try:
+            return measure({name: functools.partial(named, name, call) for name, call in left.items()})
+        except _CallError as error:
+            name, cause = error.args[0], error.__cause__
+        del left[name]
+        failed(name, cause)
+    return {}
+
+
+def described(what: str, error: BaseException) -> str:
+    """One line about what failed."""
+    lines = str(error).strip().splitlines()
+    return f"{what}: {type(error).__name__}: {lines[0] if lines else ''}"

@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from benchmarks.screen import quiet
 from scalelong_fast.errors import UserError
 
 #: Operators that touch no element of a tensor: views, allocations, questions.
@@ -128,9 +129,15 @@ def pytorch_work() -> Iterator[list[str]]:
         order. A copy that nobody meant would stand there.
     """
     found: list[str] = []
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
+    with quiet():
+        profiler.start()
+    try:
         yield found
-    events = profile.events()
+    finally:
+        with quiet():
+            profiler.stop()
+    events = profiler.events()
     launches = [event.time_range for event in events if event.name == _LAUNCH]
     for event in events:
         inside = any(span.start <= event.time_range.start <= span.end for span in launches)

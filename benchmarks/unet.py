@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import model_command, model_steps
-from benchmarks.model_steps import Built, StepBench, Suite
+from benchmarks import model_command, step_bench
+from benchmarks.model_check import Built
+from benchmarks.model_steps import Suite, preset_models
 from benchmarks.op_variants import op_files
 from benchmarks.report_models import model_rows
+from benchmarks.step_bench import StepBench
 from benchmarks.unet_skips import UNET_BATCH
 from benchmarks.variants import COMMON_SOURCES
 from scalelong_fast.models import UNet, UNetConfig
@@ -93,7 +95,7 @@ def training_flop(config: UNetConfig) -> int:
 
 @functools.cache
 def flop(config: UNetConfig, direction: str) -> int:
-    """FLOP of one image in a direction of :data:`~benchmarks.model_steps.DIRECTIONS`, as PyTorch counts them."""
+    """FLOP of one image in a direction of :data:`~benchmarks.step_calls.DIRECTIONS`, as PyTorch counts them."""
     with torch.device("meta"):
         model = UNet(dataclasses.replace(config, scaling="none", fused=False, attention="math", use_checkpoint=False))
         x, times = torch.empty(1, *model.input_shape), torch.empty(1)
@@ -107,7 +109,7 @@ def flop(config: UNetConfig, direction: str) -> int:
     return counter.get_total_flops()
 
 
-def waken(model: nn.Module, seed: int = model_steps.SEED) -> nn.Module:
+def waken(model: nn.Module, seed: int = step_bench.SEED) -> nn.Module:
     """Give weights that start at zero random values of the size that the others have.
 
     A fresh UNet's last layers are zero: its output would be zero whatever happened before them, and nearly all of its
@@ -122,7 +124,7 @@ def waken(model: nn.Module, seed: int = model_steps.SEED) -> nn.Module:
 
 
 class Bench(StepBench):
-    """Builds recipes of one UNet; arguments as for :class:`~benchmarks.model_steps.StepBench`.
+    """Builds recipes of one UNet; arguments as for :class:`~benchmarks.step_bench.StepBench`.
 
     Dropout is 0: its draws differ between a compiled and an eager model.
     """
@@ -158,7 +160,7 @@ class Bench(StepBench):
 
 def recipe_sources(recipe: Recipe) -> tuple[str, ...]:
     """Files whose code a recipe's step runs, relative to the repository."""
-    files = {*_UNET_SOURCES, *_SCALING_SOURCES[recipe.scaling], "benchmarks/model_steps.py", "benchmarks/unet.py"}
+    files = {*_UNET_SOURCES, *_SCALING_SOURCES[recipe.scaling], "benchmarks/step_bench.py", "benchmarks/unet.py"}
     if recipe.kind.startswith("authors"):
         files.add("benchmarks/authors_recipe.py")
     if recipe.fused:
@@ -173,7 +175,7 @@ def _fields(bench: Bench, recipe: Recipe) -> dict[str, Any]:
 
 def _models(device: torch.device) -> Mapping[str, UNetConfig]:
     reduced = {"unet_imagenet64, reduced": model_config("unet_imagenet64", **REDUCED)}
-    return model_steps.preset_models(MODELS, device, reduced)
+    return preset_models(MODELS, device, reduced)
 
 
 SUITE = Suite(

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import model_check, model_command, model_steps
+from benchmarks import model_check, model_command, step_bench
 from benchmarks.authors_recipe import AuthorsUViT
 from benchmarks.model_check import Built, Errors
-from benchmarks.model_steps import StepBench, Suite
+from benchmarks.model_steps import Suite, preset_models
 from benchmarks.op_variants import op_files
 from benchmarks.report_models import model_rows
+from benchmarks.step_bench import StepBench
 from benchmarks.variants import STEP_SOURCES, UVIT_OPS
 from scalelong_fast.integrations import load_uvit_checkpoint
 from scalelong_fast.integrations.checkpoints import convert_uvit_keys
@@ -71,7 +72,7 @@ def training_flop(config: UViTConfig) -> int:
     return int(3 * ((config.depth + 1) * block + config.num_skips * 2 * linear + patches))
 
 
-def waken(weights: Mapping[str, torch.Tensor], seed: int = model_steps.SEED) -> dict[str, torch.Tensor]:
+def waken(weights: Mapping[str, torch.Tensor], seed: int = step_bench.SEED) -> dict[str, torch.Tensor]:
     """Weights of a U-ViT, theirs or ours by name, of a size at which all that it computes shows in what it predicts.
 
     A fresh U-ViT's are small: its blocks add next to nothing, the means that gates pool are nearly zero, and so all
@@ -92,7 +93,7 @@ def waken(weights: Mapping[str, torch.Tensor], seed: int = model_steps.SEED) -> 
 
 
 class Bench(StepBench):
-    """Builds recipes of one U-ViT; arguments as for :class:`~benchmarks.model_steps.StepBench`."""
+    """Builds recipes of one U-ViT; arguments as for :class:`~benchmarks.step_bench.StepBench`."""
 
     def __init__(self, config: UViTConfig, device: torch.device, batch_size: int, compiled: bool):
         super().__init__(config, device, batch_size, compiled)
@@ -161,7 +162,7 @@ class Bench(StepBench):
 
 def recipe_sources(recipe: Recipe) -> tuple[str, ...]:
     """Files whose code a recipe's step runs, relative to the repository."""
-    own = ("benchmarks/model_steps.py", "benchmarks/uvit.py")
+    own = ("benchmarks/step_bench.py", "benchmarks/uvit.py")
     if recipe.fused is None:
         return ("benchmarks/authors_recipe.py", *own)
     files = {*STEP_SOURCES, *own}
@@ -175,12 +176,12 @@ def recipe_sources(recipe: Recipe) -> tuple[str, ...]:
 
 
 def flop(config: UViTConfig, direction: str) -> int:
-    """FLOP of one image in a direction of :data:`~benchmarks.model_steps.DIRECTIONS`."""
+    """FLOP of one image in a direction of :data:`~benchmarks.step_calls.DIRECTIONS`."""
     return training_flop(config) // (3 if direction == "fwd" else 1)
 
 
 def _models(device: torch.device) -> Mapping[str, UViTConfig]:
-    return model_steps.preset_models(MODELS, device, {"U-ViT-S/2, reduced": model_config("uvit_s2", **REDUCED)})
+    return preset_models(MODELS, device, {"U-ViT-S/2, reduced": model_config("uvit_s2", **REDUCED)})
 
 
 def _fields(bench: Bench, recipe: Recipe) -> dict[str, Any]:

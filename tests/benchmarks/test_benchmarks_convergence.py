@@ -9,7 +9,8 @@ import torch
 from benchmarks import convergence, environment, report_plots
 from benchmarks.convergence import LEVEL, complete, loss_gap, recipes
 from benchmarks.convergence_settings import Settings, chosen_settings, default_settings
-from benchmarks.model_steps import LossMismatchError, Measured
+from benchmarks.model_check import LossMismatchError
+from benchmarks.model_steps import Measured
 from benchmarks.report import TABLES
 from scalelong_fast.analysis import Training
 from scalelong_fast.analysis.convergence import SCALES

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import inference, report
 from benchmarks.__main__ import main
-from benchmarks.model_steps import LossMismatchError
+from benchmarks.model_check import LossMismatchError
 from scalelong_fast.models import UNetConfig, UViTConfig
 
 CPU = torch.device("cpu")
@@ -97,6 +97,24 @@ def test_what_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
         (sampler, f"eager_{scaling}") for sampler in ("dpm-solver++", "ddim") for scaling in ("none", "ls")
     }
     assert "| tiny U-ViT | eager_ls | ddim, 2 steps | 1 |" in report.render("inference", tmp_path / "results")
+
+
+def test_a_network_that_fails_while_it_is_timed_is_dropped(tmp_path, monkeypatch, capsys):
+    sample, failing = inference.sample, []
+
+    def fails_the_third_time(model, *args, **options):
+        if model.config.fused and model.config.scaling == "none":
+            failing.append(model)
+            if len(failing) == 3:
+                raise torch.OutOfMemoryError("no room")
+        return sample(model, *args, **options)
+
+    monkeypatch.setattr(inference, "sample", fails_the_third_time)
+    out = tmp_path / "inference.json"
+    assert run(out, "--batch-size", "1", "--model", "tiny U-ViT", "--sampler", "ddim") == 1
+    assert "tiny U-ViT, ddim, batch 1, ours_none: OutOfMemoryError: no room" in capsys.readouterr().out
+    variants = [record["variant"] for record in json.loads(out.read_text())["records"]]
+    assert variants == ["eager_none", "eager_ls", "ours_ls"]
 
 
 def test_a_reference_that_fails_leaves_ratios_out(tmp_path):

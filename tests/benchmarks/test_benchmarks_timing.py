@@ -12,11 +12,13 @@ from benchmarks.timing import (
     MIN_ROUNDS,
     Summary,
     check_seconds,
+    described,
     interleave,
     rotate,
     round_speed_up,
     speed_up,
     summarize,
+    survivors,
 )
 from scalelong_fast.errors import UserError
 
@@ -140,3 +142,36 @@ def test_a_comment_changes_no_hash_of_a_python_file_but_its_code_does(tmp_path):
 def test_running_code_keeps_what_strings_hold():
     text = 'x = """é # no comment\n\n  two  \n"""  # a comment\ny = f"{x!r:>{3}} # kept"\n'
     assert running_code(text) == 'x = """é # no comment\n\n  two  \n"""\ny = f"{x!r:>{3}} # kept"\n'
+
+
+def test_a_call_that_fails_is_left_out_and_the_others_are_measured_anew():
+    made, told = [], []
+
+    def call(name):
+        made.append(name)
+        if name == "b" and made.count("b") == 2:
+            raise torch.OutOfMemoryError("no room\nsecond line")
+        return 1.0
+
+    def failed(name, error):
+        told.append(described(name, error))
+
+    calls = {name: lambda name=name: call(name) for name in "abc"}
+    times = survivors(lambda left: rotate(left, rounds=3), calls, failed)
+    assert times == {"a": [1.0] * 3, "c": [1.0] * 3}
+    assert told == ["b: OutOfMemoryError: no room"]
+    assert survivors(lambda left: rotate(left, rounds=3), {"b": calls["b"]}, failed) == {"b": [1.0] * 3}
+
+
+def test_where_every_call_fails_nothing_is_measured():
+    told = []
+    assert (
+        survivors(lambda left: rotate(left, rounds=1), dict.fromkeys("ab", lambda: 1 / 0), lambda *a: told.append(a))
+        == {}
+    )
+    assert [name for name, _ in told] == ["a", "b"]
+
+
+def test_what_measuring_itself_raises_is_no_failed_call():
+    with pytest.raises(KeyError):
+        survivors(lambda left: {}["missing"], {"a": lambda: 1.0}, lambda *_: None)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import environment, model_steps, report, unet
+from benchmarks import environment, report, step_calls, unet
 from benchmarks.__main__ import main
 from benchmarks.timing import MIN_ROUNDS
 from benchmarks.variants import COMMON_SOURCES
@@ -34,7 +34,7 @@ KINDS = ("eager", "ours", "channels_last", "authors")
 def quick_ceilings(monkeypatch):
     measured = environment.ceilings
     monkeypatch.setattr(environment, "ceilings", lambda device: measured(device, seconds=0.005))
-    monkeypatch.setattr(model_steps, "WARM_UP_STEPS", 1)
+    monkeypatch.setattr(step_calls, "WARM_UP_STEPS", 1)
 
 
 def run(out, *args, **kwargs):
@@ -75,7 +75,7 @@ def test_forward_and_backward_are_timed_apart(tmp_path):
     assert run(out, "--rounds", "1", names=("eager_ls", "authors_ls")) == 0
     records = json.loads(out.read_text())["records"]
     assert [(r["direction"], r["variant"]) for r in records] == [
-        (direction, name) for direction in model_steps.DIRECTIONS for name in ("eager_ls", "authors_ls")
+        (direction, name) for direction in step_calls.DIRECTIONS for name in ("eager_ls", "authors_ls")
     ]
     flop = {record["direction"]: record["flop"] for record in records}
     assert 0 < flop["fwd"] < flop["fwd_bwd"] == flop["step"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import environment, model_check, model_steps, report, uvit
+from benchmarks import environment, model_check, model_steps, report, step_calls, uvit
 from benchmarks.__main__ import main
 from benchmarks.screen import Screen
 from scalelong_fast.errors import UserError
@@ -26,7 +26,7 @@ EAGER = [f"{kind}_{scaling}" for scaling in ("none", "ls", "cs") for kind in ("e
 def quick_ceilings(monkeypatch):
     measured = environment.ceilings
     monkeypatch.setattr(environment, "ceilings", lambda device: measured(device, seconds=0.005))
-    monkeypatch.setattr(model_steps, "WARM_UP_STEPS", 1)
+    monkeypatch.setattr(step_calls, "WARM_UP_STEPS", 1)
 
 
 def run(out, models, *args, **kwargs):
@@ -41,7 +41,7 @@ def test_the_file_has_every_recipe_and_report_takes_it(tmp_path, capsys):
     records = json.loads(out.read_text())["records"]
     found = {model: [r for r in records if r["model"] == model] for model in ("tiny", "labelled")}
     assert [(r["direction"], r["variant"]) for r in found["tiny"]] == [
-        (direction, name) for direction in model_steps.DIRECTIONS for name in EAGER
+        (direction, name) for direction in step_calls.DIRECTIONS for name in EAGER
     ], "the first model's records are kept"
     assert [r["variant"] for r in found["labelled"]] == 3 * ["ours_cs", "authors_cs"]
     for record in records:
@@ -91,7 +91,7 @@ def test_every_published_model_has_the_authors_recipe():
 def test_gradients_are_forgotten_and_steps_are_taken():
     bench = uvit.Bench(TINY, torch.device("cpu"), batch_size=2, compiled=False)
     built = bench.build(uvit.RECIPES["ours_ls"])
-    calls = model_steps.calls_of(built, ("fwd", "fwd_bwd", "step"))
+    calls = step_calls.calls_of(built, ("fwd", "fwd_bwd", "step"))
     before = {name: p.detach().clone() for name, p in built.model.named_parameters()}
     for direction in ("fwd", "fwd_bwd"):
         calls[direction]()
@@ -150,8 +150,8 @@ def test_memory_is_read_without_gradients_left_from_the_last_call(monkeypatch):
         held.extend(p.grad for p in built.model.parameters() if p.grad is not None)
         return 0
 
-    monkeypatch.setattr(model_steps, "peak_bytes", look)
-    model_steps.prepare(bench, "authors_ls", uvit.RECIPES["authors_ls"])
+    monkeypatch.setattr(step_calls, "peak_bytes", look)
+    step_calls.prepare(bench, "authors_ls", uvit.RECIPES["authors_ls"])
     assert held == []
     assert all(p.grad is None for p in built.model.parameters())
 
@@ -175,7 +175,7 @@ def test_a_compilation_that_would_end_too_late_is_not_begun(monkeypatch):
 
     def prepare(bench, name, recipe, directions):
         now[0] += 40.0 * recipe.compiled
-        return model_steps.Ready({"step": lambda: sum(range(1000))}, model_check.Errors(0.0, 0.0), {"step": 0}, {})
+        return step_calls.Ready({"step": lambda: sum(range(1000))}, model_check.Errors(0.0, 0.0), {"step": 0}, {})
 
     monkeypatch.setattr(model_steps, "prepare", prepare)
     options = {"batch_size": 2, "rounds": 1, "steps": 1, "compiled": True, "seconds": 100.0, "screen": Screen()}
@@ -209,6 +209,7 @@ def test_a_recipe_that_fails_while_it_is_timed_is_dropped(monkeypatch):
         ("fwd", "ours_none"),
         ("fwd_bwd", "eager_none"),
         ("step", "eager_none"),
+        ("step", "ours_none"),
     ]
 
 
@@ -217,7 +218,7 @@ def test_no_recipe_is_prepared_that_would_not_fit(monkeypatch, capsys):
 
     def prepare(bench, name, recipe, directions):
         left[0] -= 30.0
-        return model_steps.Ready({"step": lambda: sum(range(1000))}, model_check.Errors(0.0, 0.0), {"step": 20}, {})
+        return step_calls.Ready({"step": lambda: sum(range(1000))}, model_check.Errors(0.0, 0.0), {"step": 20}, {})
 
     monkeypatch.setattr(model_steps, "prepare", prepare)
     monkeypatch.setattr(model_steps, "free_bytes", lambda device: left[0])

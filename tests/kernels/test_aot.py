@@ -76,6 +76,13 @@ def test_the_cases_lead_to_every_launch_configuration(planned):
     assert planned["unused_lines"] == [], "add a shape to benchmarks/aot_cases.py that leads there, or drop the line"
 
 
+def test_a_target_that_is_listed_after_others_has_the_same_launches(planned):
+    *_, last = TARGETS
+    process = run("-m", "benchmarks", "aot", "--list", "--target", last)
+    alone = {launch["launch"] for launch in json.loads(process.stdout)["launches"]}
+    assert alone == {launch["launch"] for launch in planned["launches"] if launch["target"] == last}
+
+
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_spills_and_no_instruction_is_missing(target, tmp_path):
