@@ -18,7 +18,7 @@ from torch import Tensor
 from scalelong_fast.errors import unknown_name
 from scalelong_fast.ops import tables
 from scalelong_fast.ops.differentiable import under_functorch
-from scalelong_fast.ops.problem import Problem
+from scalelong_fast.ops.problem import Problem, assumed_architecture
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ _MEMO_LIMIT = 4096
 
 def _signature(op: str, args: tuple, kwargs: dict[str, Any]) -> tuple:
     """All that the checks and the choice look at, hashable; fails for tensors of unusual kinds."""
-    signature: list[Any] = [op, _forced, os.environ.get("SCALELONG_PLAN")]
+    signature: list[Any] = [op, _forced, os.environ.get("SCALELONG_PLAN"), assumed_architecture()]
     _note(signature, (*args, *kwargs.values()))
     signature += kwargs
     kind = args[0].device.type

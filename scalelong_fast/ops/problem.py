@@ -69,6 +69,11 @@ def assume_architecture(arch: str) -> Iterator[None]:
         _assumed = before
 
 
+def assumed_architecture() -> str | None:
+    """That of the innermost :func:`assume_architecture`; None outside of any."""
+    return _assumed
+
+
 def architecture(device: torch.device) -> str:
     """The row of the plan table that serves ``device``."""
     if _assumed is not None:

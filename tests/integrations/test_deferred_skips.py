@@ -16,7 +16,7 @@ from scalelong_fast.errors import UserError
 from scalelong_fast.integrations.patching import deferred as deferred_module
 from scalelong_fast.integrations.patching.deferred import always_defer, defer_skip
 from scalelong_fast.integrations.patching.promise import Deferred
-from scalelong_fast.ops import force_plan, plans
+from scalelong_fast.ops import force_plan
 from scalelong_fast.ops.problem import assume_architecture
 from scalelong_fast.scaling import scale_skip
 
@@ -335,7 +335,7 @@ def test_a_fused_reader_leaves_no_promise_behind():
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
-def test_the_table_decides(calls, monkeypatch):
+def test_the_table_decides(calls):
     """An op whose plan is PyTorch's gains nothing over the concat."""
     layers = Layers()
     expected = layers.block(lazy_concat())
@@ -343,11 +343,8 @@ def test_the_table_decides(calls, monkeypatch):
     torch.testing.assert_close(layers.block(lazy_concat()), expected, rtol=1e-4, atol=1e-5)
     assert calls == {"scale_concat": 1}
     calls.clear()
-    # Choices are remembered by the looks of a call, and an assumed architecture is none of these.
-    monkeypatch.setattr(plans, "_MEMO", {})
     with assume_architecture("sm_90"):
         torch.testing.assert_close(layers.block(lazy_concat()), expected, rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(plans, "_MEMO", {})
     assert calls == {"scale_concat_group_norm": 1}
 
 
