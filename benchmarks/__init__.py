@@ -1,1 +1,1 @@
-"""Measurements behind the tables of README.md; ``python -m benchmarks`` explains itself."""
+"""Measurements behind the tables of README.md and docs/results.md; ``python -m benchmarks`` explains itself."""

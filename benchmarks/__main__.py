@@ -30,7 +30,7 @@ COMMANDS = {
     "reproduction": "rewrite docs/reproduction.md from the findings of scalelong-fast analyze",
     "cpu": "measure what a CPU can at reduced shapes, in ten minutes, and put all on one page",
     "compare": "time the working tree against an earlier commit",
-    "report": "rewrite the tables of README.md from the result files, or put all on one page (--html)",
+    "report": "rewrite the tables of README.md and docs/ from the result files, or put all on one page (--html)",
 }
 
 #: Modules of commands that are not called like theirs.
@@ -38,7 +38,7 @@ _MODULES = {"train": "step"}
 
 USAGE = """usage: python -m benchmarks COMMAND ...
 
-Measurements behind the tables of README.md. Results go to benchmarks/results/<machine>/<table>.json.
+Measurements behind the tables of README.md and docs/results.md, kept in benchmarks/results/<machine>/<table>.json.
 
 commands:
 {commands}

@@ -159,7 +159,7 @@ def main(args: Sequence[str]) -> int:
         metavar="DIR",
         default=OUT,
         help="where results and page.html go (default: runs/benchmarks; with benchmarks/results, which the tables of "
-        "README.md are made from, these are rewritten)",
+        "README.md and docs/results.md are made from, these are rewritten)",
     )
     options = parser.parse_args(args)
     check_range("--minutes", options.minutes, low=0, low_open=True)

@@ -1,4 +1,4 @@
-"""``python -m benchmarks report``: the tables of README.md and docs/planning.md, from the result files."""
+"""``python -m benchmarks report``: the tables of README.md and docs/, from the result files."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ from benchmarks.report_unet import decoder_model_note, decoder_table
 from scalelong_fast.errors import UserError, invalid, unknown_name
 
 #: Where tables are shown.
-PAGES = (ROOT / "README.md", ROOT / "docs" / "planning.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "planning.md")
 NOT_MEASURED = "not measured yet"
 STALE = " (stale)"
 
@@ -231,6 +231,12 @@ def render(name: str, results: Path = RESULTS, root: Path = ROOT) -> str:
 def updated(text: str, results: Path = RESULTS, root: Path = ROOT, page: str = "README.md") -> str:
     """``text`` of a page with what stands between each pair of markers replaced by the table they name.
 
+    Args:
+        text: of the page.
+        results: folder of the result files.
+        root: of the repository.
+        page: the page's place in it.
+
     Raises:
         UserError: a marker without its end, an unknown table, or a broken result file.
     """
@@ -242,7 +248,10 @@ def updated(text: str, results: Path = RESULTS, root: Path = ROOT, page: str = "
         following = _OPEN.search(text, match.end())
         if end < 0 or (following and following.start() < end):
             raise UserError(f"{page}: marker {match[0]} has no {closing} before the next marker. Put one in.")
-        pieces += [text[position : match.end()], "\n", render(name, results, root), "\n", closing]
+        table = render(name, results, root)
+        if page.startswith("docs/"):
+            table = table.replace("](docs/", "](")
+        pieces += [text[position : match.end()], "\n", table, "\n", closing]
         position = end + len(closing)
     return "".join(pieces) + text[position:]
 
@@ -252,7 +261,7 @@ def main(args: Sequence[str], *, pages: Sequence[Path] = PAGES, results: Path = 
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks report",
         description="Rewrite the tables between <!-- benchmark:NAME --> and <!-- /benchmark:NAME --> in "
-        f"{' and '.join(page.name for page in pages)}. "
+        f"{', '.join(page.name for page in pages)}. "
         f"Tables: {', '.join(TABLES)}. Rows whose sources have changed since are marked as stale.",
     )
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page would change")
@@ -268,7 +277,7 @@ def main(args: Sequence[str], *, pages: Sequence[Path] = PAGES, results: Path = 
     old = {page: page.read_text(encoding="utf-8") for page in pages}
 
     def tables() -> dict[Path, str]:
-        return {page: updated(text, results, root, page.name) for page, text in old.items()}
+        return {page: updated(text, results, root, page.relative_to(root).as_posix()) for page, text in old.items()}
 
     new = tables()
     if options.check:

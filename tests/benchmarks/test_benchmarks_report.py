@@ -71,6 +71,12 @@ def test_a_missing_result_is_not_measured_yet(repository):
     assert text == README.replace("old", "not measured yet")
 
 
+def test_links_of_a_page_in_docs_are_relative_to_it(repository, monkeypatch):
+    monkeypatch.setattr(report, "render", lambda *_: "![x](docs/images/x.png) [y](docs/y.md) docs/z.md")
+    assert "](docs/images/x.png) [y](docs/y.md)" in report.updated(README)
+    assert "![x](images/x.png) [y](y.md) docs/z.md" in report.updated(README, page="docs/results.md")
+
+
 def test_report_is_idempotent_and_leaves_the_rest_alone(repository):
     write_step(repository)
     _, once = run(repository)
