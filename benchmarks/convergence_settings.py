@@ -10,6 +10,7 @@ from scalelong_fast.analysis.convergence import SCALES, ConvergenceSettings
 from scalelong_fast.errors import invalid
 from scalelong_fast.models import UViTConfig
 from scalelong_fast.training import DataConfig, RunConfig
+from scalelong_fast.training.hardware import resolve_device
 
 #: Looks at the loss in a training of another number of steps than the default.
 LOOKS = 20
@@ -53,7 +54,9 @@ def chosen_settings(options: argparse.Namespace, settings: Settings) -> Settings
         every = max(1, options.steps // LOOKS)
         looks = {"every": every, "sample_every": every}
     training = dataclasses.replace(settings.training, **changes)
-    settings = dataclasses.replace(settings, training=training, device=options.device, **looks)
+    # Called auto where it is the same, the trainings are those that the analysis keeps.
+    own = resolve_device(options.device, "--device") == resolve_device("auto")
+    settings = dataclasses.replace(settings, training=training, device="auto" if own else options.device, **looks)
     if options.data is not None:
         settings = dataclasses.replace(settings, data=DataConfig(name=options.data, path=options.path))
     elif options.path is not None:

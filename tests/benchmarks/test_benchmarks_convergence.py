@@ -186,8 +186,9 @@ def test_settings_replace_those_of_the_analysis_and_keep_its_checks(settings):
         dataclasses.replace(settings, every=2)
 
 
-def test_trainings_of_the_analysis_are_taken_over():
-    options = convergence._parser().parse_args(["--scale", "digits"])
+@pytest.mark.parametrize("args", [[], ["--device", str(resolve_device("auto"))]], ids=["auto", "named"])
+def test_trainings_of_the_analysis_are_taken_over(args):
+    options = convergence._parser().parse_args(["--scale", "digits", *args])
     found = chosen_settings(options, default_settings(torch.device("cpu")))
     for scaling in ("none", "ls"):
         assert found.config(scaling, 1) == SCALES["digits"].config(scaling, 1)
