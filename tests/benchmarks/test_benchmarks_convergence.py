@@ -16,6 +16,7 @@ from scalelong_fast.analysis import Training
 from scalelong_fast.analysis.convergence import SCALES
 from scalelong_fast.analysis.convergence_levels import compare_levels
 from scalelong_fast.errors import UserError
+from scalelong_fast.training.hardware import resolve_device
 
 
 @pytest.fixture(autouse=True)
