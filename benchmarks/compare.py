@@ -12,15 +12,13 @@ from typing import Any
 import torch
 
 from benchmarks import environment
-from benchmarks.command import add_device
+from benchmarks.command import add_device, check_names, device_of
 from benchmarks.compare_child import Child, ChildError, commit_of, extract, git
 from benchmarks.op_cases import cases as op_cases
 from benchmarks.screen import Screen
 from benchmarks.timing import rotate, summarize
 from scalelong_fast.errors import check_range, unknown_name
 from scalelong_fast.training.checkpoint import write_json
-from scalelong_fast.training.config import TrainConfig
-from scalelong_fast.training.hardware import resolve_execution
 
 KINDS = {
     "step": "forward, backward and AdamW of a U-ViT and a UNet",
@@ -141,10 +139,8 @@ def main(
     options = _parser().parse_args(args)
     check_range("--rounds", options.rounds, low=MIN_ROUNDS, integer=True)
     check_range("--tolerance", options.tolerance, low=0.0)
-    for kind in options.only or ():
-        if kind not in KINDS:
-            raise unknown_name("--only", kind, KINDS)
-    device = resolve_execution(TrainConfig(device=options.device, compile="off")).device
+    check_names("--only", options.only, KINDS)
+    device = device_of(options)
     commit = commit_of(root, "BASE", options.base)
     now = "the working tree"
     chosen = all_cases(device) if chosen is None else chosen

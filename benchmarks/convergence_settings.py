@@ -55,8 +55,8 @@ def chosen_settings(options: argparse.Namespace, settings: Settings) -> Settings
         looks = {"every": every, "sample_every": every}
     training = dataclasses.replace(settings.training, **changes)
     # Called auto where it is the same, the trainings are those that the analysis keeps.
-    own = resolve_device(options.device, "--device") == resolve_device("auto")
-    settings = dataclasses.replace(settings, training=training, device="auto" if own else options.device, **looks)
+    device = "auto" if _is_auto(options.device) else options.device
+    settings = dataclasses.replace(settings, training=training, device=device, **looks)
     if options.data is not None:
         settings = dataclasses.replace(settings, data=DataConfig(name=options.data, path=options.path))
     elif options.path is not None:
@@ -64,3 +64,8 @@ def chosen_settings(options: argparse.Namespace, settings: Settings) -> Settings
     if not isinstance(settings.config("none", settings.training.seeds[0]).model, UViTConfig):
         raise invalid("--preset", settings.training.preset, "a preset of a U-ViT, whose recipes are timed")
     return settings
+
+
+def _is_auto(name: str) -> bool:
+    named, auto = resolve_device(name, "--device"), resolve_device("auto")
+    return (named.type, named.index or 0) == (auto.type, auto.index or 0)

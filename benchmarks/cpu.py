@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import environment
+from benchmarks.command import check_names
 from benchmarks.screen import Screen
-from scalelong_fast.errors import check_range, invalid, unknown_name
+from scalelong_fast.errors import check_range, invalid
 
 #: Where results go unless they are asked for elsewhere: hasty ones do not replace those of benchmarks/results/.
 OUT = environment.ROOT / "runs" / "benchmarks"
@@ -163,9 +164,7 @@ def main(args: Sequence[str]) -> int:
     )
     options = parser.parse_args(args)
     check_range("--minutes", options.minutes, low=0, low_open=True)
-    for name in options.part or ():
-        if name not in PARTS:
-            raise unknown_name("--part", name, PARTS)
+    check_names("--part", options.part, PARTS)
     names = [name for name in PARTS if name in (options.part or PARTS)]
     screen = Screen()
     begun = time.perf_counter()
@@ -173,7 +172,7 @@ def main(args: Sequence[str]) -> int:
     if folder.exists() and not folder.is_dir():
         raise invalid("--out", str(options.out), "a folder, or a name that is free")
     outcomes = run_parts(names, folder, max(0.0, 60 * options.minutes - _REPORT_SECONDS), screen)
-    report, page = [sys.executable, "-m", "benchmarks", "report"], environment.ROOT / "README.md"
+    report, page = [sys.executable, "-m", "benchmarks", "report"], environment.ROOT / "docs" / "results.md"
     if folder != environment.RESULTS:
         page = folder / "page.html"
         report += ["--results", str(folder), "--html", str(page)]

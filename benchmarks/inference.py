@@ -15,7 +15,17 @@ import torch
 from torch import nn
 
 from benchmarks import environment
-from benchmarks.command import add_compile, add_device, add_out, by_device, check_names, compiles, finish, result_path
+from benchmarks.command import (
+    add_compile,
+    add_device,
+    add_out,
+    by_device,
+    check_names,
+    compiles,
+    device_of,
+    finish,
+    result_path,
+)
 from benchmarks.kept import kept_records, merge
 from benchmarks.op_timing import peak_bytes
 from benchmarks.report_inference import inference_rows
@@ -39,8 +49,7 @@ from benchmarks.timing import check_seconds, described, rotate, round_speed_up, 
 from benchmarks.variants import dtype_name
 from scalelong_fast.errors import check_range
 from scalelong_fast.training.checkpoint import write_json
-from scalelong_fast.training.config import TrainConfig
-from scalelong_fast.training.hardware import resolve_execution
+from scalelong_fast.training.hardware import autocast_dtype
 
 #: Seconds for all.
 SECONDS = {"cuda": 480.0, "cpu": 170.0}
@@ -155,16 +164,21 @@ def measure(
     runs = {name: functools.partial(visit, network) for name, network in ready.networks.items()}
     order = [f"{kind}_{scaling}" for scaling in SCALINGS for kind in KINDS]
 
-    def failed(name: str, error: BaseException) -> None:
+    def failed(name: str, error: BaseException) -> list[str]:
         ready.faults.append(described(f"{label}, {sampler}, batch {batch_size}, {name}", error))
         screen.print(ready.faults[-1], style="red")
+        return []
 
     def timed(visits: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
-        for run in visits.values():
-            run()  # untimed: the first sampling warms up
         with screen.progress(f"{label}, {sampler}, batch {batch_size}", rounds * len(visits)) as advance:
             return rotate(visits, rounds=rounds, tick=lambda name: advance(), deadline=deadline)
 
+    for name in [name for name in order if name in runs]:  # the first sampling warms up
+        try:
+            runs[name]()
+        except Exception as error:  # as in preparing
+            failed(name, error)
+            del runs[name]
     times = survivors(timed, {name: runs[name] for name in order if name in runs}, failed)
 
     def over(name: str, other: str) -> float | None:
@@ -207,8 +221,7 @@ def main(args: Sequence[str], *, chosen: Mapping[str, Any] | None = None) -> int
     options = _parser().parse_args(args)
     for argument in ("rounds", "steps"):
         check_range(f"--{argument}", getattr(options, argument), low=1, integer=True)
-    execution = resolve_execution(TrainConfig(device=options.device, compile="off"))
-    device = execution.device
+    device = device_of(options)
     budget = SECONDS[device.type] if options.seconds is None else options.seconds
     check_seconds(budget)
     for batch_size in options.batch_size or ():
@@ -227,7 +240,7 @@ def main(args: Sequence[str], *, chosen: Mapping[str, Any] | None = None) -> int
     labels = [label for label in found if label in (options.model or found)]
     samplers = options.sampler or SAMPLERS
     pairs = list(itertools.product(labels, options.batch_size or BATCHES[device.type]))
-    autocast = execution.autocast if device.type == "cuda" else None
+    autocast = autocast_dtype("auto-gpu", device)
     faults: list[str] = []
     begun = time.perf_counter()
     for number, (label, batch_size) in enumerate(pairs, start=1):

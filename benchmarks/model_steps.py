@@ -5,6 +5,7 @@ and what its records say besides. :mod:`benchmarks.model_command` makes a comman
 """
 
 import argparse
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +42,7 @@ class Suite:
         batch_size: images a step, of a model on a device.
         recipes: by name, in the order of what is wanted first.
         bench: makes a :class:`StepBench`.
-        flop: of one image, in a direction of :data:`DIRECTIONS`.
+        flop: of one image, in a direction of :data:`~benchmarks.step_calls.DIRECTIONS`.
         sources: files whose code a recipe's step runs, relative to the repository.
         fields: what a record says besides.
         table: headings and cells of records.
@@ -116,11 +117,17 @@ def measure(
     lists = {name: suite.sources(recipe) for name, recipe in recipes.items()}
     hashes = {sources: environment.source_hash(sources) for sources in lists.values()}
     limits = environment.ceilings(device) if limits is None else dict(limits)
-    found, faults = _prepare_all(bench, label, recipes, directions, seconds, screen)
+    found, faults = _prepare_all(bench, label, recipes, directions, begun, seconds, screen)
 
-    def failed(key: tuple[str, str], error: BaseException) -> None:
+    def call(name: str, direction: str) -> None:
+        found[name].calls[direction]()
+
+    def failed(key: tuple[str, str], error: BaseException) -> list[tuple[str, str]]:
         faults.append(described(f"{label}, {', '.join(key)}", error))
         screen.print(faults[-1], style="red")
+        name, _ = key
+        del found[name]  # its weights and gradients make room for the others
+        return [(name, direction) for direction in directions]
 
     def timed(calls: Mapping[tuple[str, str], Callable[[], object]]) -> dict[tuple[str, str], list[float]]:
         with screen.progress(f"time {label}", rounds * len(calls)) as advance:
@@ -134,7 +141,7 @@ def measure(
             )
 
     keys = [(name, direction) for direction in directions for name in recipes if name in found]
-    times = survivors(timed, {(name, direction): found[name].calls[direction] for name, direction in keys}, failed)
+    times = survivors(timed, {key: functools.partial(call, *key) for key in keys}, failed)
     records = []
     for (name, direction), own in times.items():
         one = found[name]
@@ -179,13 +186,16 @@ def _prepare_all(
     label: str,
     recipes: Mapping[str, Any],
     directions: Sequence[str],
+    begun: float,
     seconds: float,
     screen: Screen,
 ) -> tuple[dict[str, Ready], list[str]]:
-    """Those recipes that time and memory allow, and a line for each that failed; arguments as for :func:`measure`."""
+    """Those recipes that time and memory allow, and a line for each that failed.
+
+    Arguments are as for :func:`measure`; ``seconds`` count from the reading ``begun`` of ``time.perf_counter``.
+    """
     found: dict[str, Ready] = {}
     faults: list[str] = []
-    begun = time.perf_counter()
     longest = 0.0  # seconds to compile a recipe
     need = 0.0  # bytes of a recipe: all stay, as they are timed in turns
     for name in sorted(recipes, key=lambda name: recipes[name].compiled):  # compiling may take all the time there is
@@ -215,7 +225,7 @@ def _prepare_all(
 
 
 def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What records that were timed together share: all recipes of a model, batch and direction."""
+    """What records that are compared share: all recipes of a model, batch and direction."""
     return record["model"], tuple(record["shape"]), record["direction"]
 
 

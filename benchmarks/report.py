@@ -99,20 +99,17 @@ def step_table(result: dict[str, Any], root: Path = ROOT) -> list[str]:
         "loss error",
     )
     first = result["records"][0]
-    size = " × ".join(map(str, first["shape"]))
-    settings = result["settings"]
+    size, steps = " × ".join(map(str, first["shape"])), result["settings"]["steps_per_round"]
     notes = [
-        f"{first['model']}, batch {size}; {settings['rounds']} interleaved rounds of {settings['steps_per_round']} "
+        f"{first['model']}, batch {size}; {first['rounds']} interleaved rounds of {steps} "
         "steps. Speed-up: ratio of medians (median of the rounds' ratios). Loss error: relative, of the first loss "
         "against the authors' recipe in fp32 from equal weights, images, times and noise. MFU: FLOP of forward and "
         "backward over the time, as a share of the matrix product measured in the same run."
     ]
-    tax = next((r["round_ratio_to_ours_none"] for r in result["records"] if r["variant"] == "ours"), None)
-    if tax is not None:
-        percent = 100 * (1 / tax - 1)
-        notes.append(
-            f"With LS our step is {abs(percent):.1f} % {'longer' if percent >= 0 else 'shorter'} than without."
-        )
+    ours = next((record for record in result["records"] if record["variant"] == "ours"), None)
+    if ours is not None and ours["ratio_to_ours_none"] is not None:
+        tax, by_round = 1 / ours["ratio_to_ours_none"], 1 / ours["round_ratio_to_ours_none"]
+        notes.append(f"With LS our step takes {tax:.3f} ({by_round:.3f}) times as long as without.")
     return [*markdown(headings, rows), "", " ".join(notes), "", conditions(result)]
 
 
@@ -249,7 +246,7 @@ def updated(text: str, results: Path = RESULTS, root: Path = ROOT, page: str = "
         if end < 0 or (following and following.start() < end):
             raise UserError(f"{page}: marker {match[0]} has no {closing} before the next marker. Put one in.")
         table = render(name, results, root)
-        if page.startswith("docs/"):
+        if page.startswith("docs/"):  # tables link to files in docs/ alone
             table = table.replace("](docs/", "](")
         pieces += [text[position : match.end()], "\n", table, "\n", closing]
         position = end + len(closing)
@@ -270,7 +267,9 @@ def main(args: Sequence[str], *, pages: Sequence[Path] = PAGES, results: Path = 
     options = parser.parse_args(args)
     if options.results is not None:
         if options.html is None:
-            raise invalid("--results", str(options.results), "--html beside it", "README.md has its own results.")
+            raise invalid(
+                "--results", str(options.results), "--html beside it", "The pages here have their own results."
+            )
         results = options.results
     if options.html is not None:
         return _write_page(options.html, results, root)

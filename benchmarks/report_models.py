@@ -6,8 +6,8 @@ from typing import Any
 
 #: What the files of both models say, by kind of recipe; a recipe's name is its kind and its scaling.
 KINDS = (
-    "authors: their released recipe re-created (for a UNet, which they released none of, the plain network in their "
-    "training step); eager: plain PyTorch; channels_last: a UNet so, eager; compile: plain PyTorch under "
+    "authors: their released recipe re-created (they released no UNet: there, the plain network in their training "
+    "step); eager: plain PyTorch; channels_last: plain PyTorch, a UNet in that layout; compile: plain PyTorch under "
     "torch.compile, a UNet in channels_last; ours: our ops, eager; ours_compile: our ops, compiled"
 )
 #: What steps of ours are held against, of the same scaling.
@@ -135,7 +135,7 @@ def models_table(result: Mapping[str, Any], root: Path) -> list[str]:
     # The choice itself: UViT._use_fused and UNet._use_fused.
     verdict = (
         f"**Where we lose** (how many times faster, beyond the spread): {'; '.join(slow)}. A model that is left the "
-        "choice (`fused=None`) takes our ops on a GPU and plain PyTorch on a CPU."
+        "choice (`fused=None`) takes our ops on a GPU and plain PyTorch on a CPU, a UNet in channels_last."
         if slow
         else f"**Where we lose**: {'nowhere' if not apart else 'nowhere that was compared'}, beyond the spread."
     )

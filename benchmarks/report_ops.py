@@ -140,7 +140,7 @@ def losses(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             continue
         plans = ", ".join(f"{variant} {value:.2f}" for variant, value in slower.items()) or "–"
         answer = "–" if dispatch is None else str(dispatch["plan"])
-        ratios = ["no slower" if value is None else f"{value:.2f}" for value in (ratio, to_compiled)]
+        ratios = ["within the spread" if value is None else f"{value:.2f}" for value in (ratio, to_compiled)]
         rows.append([name, _DIRECTIONS[direction], plans, answer, *(ratios if known else [ratios[0], "–"])])
     return rows
 
@@ -160,7 +160,10 @@ def losses_table(result: Mapping[str, Any], root: Path) -> list[str]:
         return [f"{machine}: no plan is slower than PyTorch eager or compiled by more than the spread."]
     headings = ["op", "direction", "plans slower than eager (×)", "dispatch takes", "dispatch × eager"]
     headings += ["dispatch × compile"]
-    note = f"{machine}. × below 1: slower than PyTorch, by more than the spread (p20 above its p80)."
+    note = (
+        f"{machine}. × below 1: slower than PyTorch, by more than the spread (p20 above its p80). Cases within the "
+        "spread are not listed."
+    )
     return [*markdown(headings, rows), "", note]
 
 

@@ -67,16 +67,15 @@ def against_none(
             if differences is not None:
                 found.append(sign(Band(**differences[what][scaling])))
             else:
-                same = own.overlaps(none)
-                found.append("no difference shown" if same else "less" if own.mean < none.mean else "more")
+                found.append("bands overlap" if own.overlaps(none) else "less" if own.mean < none.mean else "more")
             parts.append(f"{scaling} {own.mean:.3g} ({found[-1]})")
         told.append(f"{what}: none {none.mean:.3g}, {', '.join(parts)}")
     why = f"{'; '.join(told)}; {none.count} seeds"
     if set(found) == {"less"}:
         return Verdict(AGREES, why)
-    if set(found) == {"no difference shown"}:
-        overlap = "95 % bands overlap" if differences is None else "95 % bands of the differences at equal seeds hold 0"
-        return Verdict(NOT_SHOWN, f"{why}, {overlap}")
+    if not {"less", "more"} & set(found):
+        held = "" if differences is None else ", 95 % bands of the differences at equal seeds hold 0"
+        return Verdict(NOT_SHOWN, f"{why}{held}")
     return Verdict(PARTLY if "less" in found else DISAGREES, why)
 
 

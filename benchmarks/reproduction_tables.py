@@ -39,7 +39,7 @@ def range_table(data: dict[str, Any]) -> list[str]:
 
 
 def robustness_table(data: dict[str, Any]) -> list[str]:
-    """What each level of extra noise, the first being the smallest, does to each scaling's networks."""
+    """What each level of extra noise does to each scaling's networks: a column a level, from the smallest."""
     labels = {
         "losses": "loss",
         "increase": "rise of the loss",
@@ -51,7 +51,7 @@ def robustness_table(data: dict[str, Any]) -> list[str]:
         for what, by_scaling in data["bands"].items()
         for scaling, bands in by_scaling.items()
     ]
-    return markdown(["mean ± 95 %", *(f"level {number}" for number in range(1, count + 1))], rows)
+    return markdown(["mean ± 95 %", *(f"c {number} of {count}" for number in range(1, count + 1))], rows)
 
 
 def kappa_table(data: dict[str, Any]) -> list[str]:

@@ -65,7 +65,12 @@ def sources(config: Any, kind: str, scaling: str) -> tuple[str, ...]:
     else:
         own = unet.recipe_sources(unet.Recipe(kind, scaling))
     # Of a training step's files, those that sampling runs.
-    steps = ("scalelong_fast/training/", "scalelong_fast/data/", "scalelong_fast/diffusion/loss.py")
+    steps = (
+        "benchmarks/step_calls.py",
+        "scalelong_fast/training/",
+        "scalelong_fast/data/",
+        "scalelong_fast/diffusion/loss.py",
+    )
     return tuple(sorted({*_SOURCES, *(path for path in own if not path.startswith(steps))}))
 
 

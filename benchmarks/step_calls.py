@@ -38,7 +38,7 @@ class Ready:
 
 
 def calls_of(built: Built, directions: Sequence[str]) -> dict[str, Callable[[], object]]:
-    """What is timed of a recipe, by direction; no call leaves a gradient behind."""
+    """What is timed of a recipe, by direction; only the authors' step leaves gradients, which its next call frees."""
 
     def forward() -> None:
         built.loss()

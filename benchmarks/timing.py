@@ -1,17 +1,20 @@
 """Interleaved timing: every variant is measured in every round, so that a drifting machine hits all alike."""
 
 import functools
+import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 
 from scalelong_fast.errors import invalid
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,12 @@ MIN_ROUNDS = 3
 
 
 def rotate(
-    visits: Mapping[str, Callable[[], float]],
+    visits: Mapping[Name, Callable[[], float]],
     *,
     rounds: int,
-    tick: Callable[[str], None] = lambda name: None,
+    tick: Callable[[Name], None] = lambda name: None,
     deadline: float = math.inf,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """Make visits round-robin.
 
     Each round begins with another variant, so that none always follows the same one after a round's end.
@@ -96,7 +99,7 @@ def rotate(
         What the visits returned, by name: one number for each round.
     """
     names = list(visits)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[Name, list[float]] = {name: [] for name in names}
     for index in range(rounds if names else 0):
         if index >= MIN_ROUNDS and time.perf_counter() > deadline:
             break
@@ -108,15 +111,15 @@ def rotate(
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], object]],
+    variants: Mapping[Name, Callable[[], object]],
     *,
     rounds: int,
     steps: int,
     wait: Callable[[], None] = lambda: None,
-    tick: Callable[[str], None] = lambda name: None,
+    tick: Callable[[Name], None] = lambda name: None,
     clock: Callable[[], float] = time.perf_counter,
     deadline: float = math.inf,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """Time callables round-robin.
 
     A visit is one untimed call, since another variant has just emptied the caches, and then ``steps`` timed ones.
@@ -152,22 +155,24 @@ class _CallError(RuntimeError):
 
 
 def survivors(
-    measure: Callable[[Mapping[Any, Callable[[], Any]]], dict[Any, list[float]]],
-    calls: Mapping[Any, Callable[[], Any]],
-    failed: Callable[[Any, BaseException], None],
-) -> dict[Any, list[float]]:
+    measure: Callable[[Mapping[Name, Callable[[], Any]]], dict[Name, list[float]]],
+    calls: Mapping[Name, Callable[[], Any]],
+    failed: Callable[[Name, BaseException], Collection[Name]],
+) -> dict[Name, list[float]]:
     """Measure calls, and where one fails (no memory is left, as a rule) the others from the start without it.
+
+    What a GPU reports only when it is waited for is nobody's failure here: it ends the measurement.
 
     Args:
         measure: such as :func:`interleave`.
         calls: by name.
-        failed: told the name of each that failed, and what it raised.
+        failed: told the name of each that failed and what it raised; returns the names that are to go with it.
 
     Returns:
         What ``measure`` returned for those that are left; empty where none is.
     """
 
-    def named(name: Any, call: Callable[[], Any]) -> Any:
+    def named(name: Name, call: Callable[[], Any]) -> Any:
         try:
             return call()
         except Exception as error:
@@ -178,9 +183,11 @@ def survivors(
         try:
             return measure({name: functools.partial(named, name, call) for name, call in left.items()})
         except _CallError as error:
-            name, cause = error.args[0], error.__cause__
-        del left[name]
-        failed(name, cause)
+            name = error.args[0]
+            gone = {name, *failed(name, cast(BaseException, error.__cause__))}
+        # The error is forgotten by now, and with its frames what the failed call held.
+        gc.collect()
+        left = {name: call for name, call in left.items() if name not in gone}
     return {}
 
 

@@ -160,7 +160,8 @@ class Bench(StepBench):
 
 def recipe_sources(recipe: Recipe) -> tuple[str, ...]:
     """Files whose code a recipe's step runs, relative to the repository."""
-    files = {*_UNET_SOURCES, *_SCALING_SOURCES[recipe.scaling], "benchmarks/step_bench.py", "benchmarks/unet.py"}
+    own = ("benchmarks/step_bench.py", "benchmarks/step_calls.py", "benchmarks/unet.py")
+    files = {*_UNET_SOURCES, *_SCALING_SOURCES[recipe.scaling], *own}
     if recipe.kind.startswith("authors"):
         files.add("benchmarks/authors_recipe.py")
     if recipe.fused:

@@ -162,7 +162,7 @@ class Bench(StepBench):
 
 def recipe_sources(recipe: Recipe) -> tuple[str, ...]:
     """Files whose code a recipe's step runs, relative to the repository."""
-    own = ("benchmarks/step_bench.py", "benchmarks/uvit.py")
+    own = ("benchmarks/step_bench.py", "benchmarks/step_calls.py", "benchmarks/uvit.py")
     if recipe.fused is None:
         return ("benchmarks/authors_recipe.py", *own)
     files = {*STEP_SOURCES, *own}

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import convergence, environment, report_plots
+from benchmarks import convergence, convergence_settings, environment, report_plots
 from benchmarks.convergence import LEVEL, complete, loss_gap, recipes
 from benchmarks.convergence_settings import Settings, chosen_settings, default_settings
 from benchmarks.model_check import LossMismatchError
@@ -185,6 +185,15 @@ def test_bad_options_of_convergence_are_refused(args, message):
 def test_settings_replace_those_of_the_analysis_and_keep_its_checks(settings):
     with pytest.raises(UserError, match="--sample-every"):
         dataclasses.replace(settings, every=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "auto", "same"), [("cpu", "cpu", True), ("cuda:0", "cuda", True), ("cuda:1", "cuda", False)]
+)
+def test_a_device_that_is_what_auto_is_has_the_trainings_of_auto(monkeypatch, name, auto, same):
+    devices = {"auto": torch.device(auto), name: torch.device(name)}
+    monkeypatch.setattr(convergence_settings, "resolve_device", lambda name, *_: devices[name])
+    assert convergence_settings._is_auto(name) is same
 
 
 @pytest.mark.parametrize("args", [[], ["--device", str(resolve_device("auto"))]], ids=["auto", "named"])

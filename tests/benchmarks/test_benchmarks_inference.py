@@ -102,14 +102,14 @@ def test_what_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
 def test_a_network_that_fails_while_it_is_timed_is_dropped(tmp_path, monkeypatch, capsys):
     sample, failing = inference.sample, []
 
-    def fails_the_third_time(model, *args, **options):
+    def fails_once_it_is_timed(model, *args, **options):
         if model.config.fused and model.config.scaling == "none":
             failing.append(model)
             if len(failing) == 3:
                 raise torch.OutOfMemoryError("no room")
         return sample(model, *args, **options)
 
-    monkeypatch.setattr(inference, "sample", fails_the_third_time)
+    monkeypatch.setattr(inference, "sample", fails_once_it_is_timed)
     out = tmp_path / "inference.json"
     assert run(out, "--batch-size", "1", "--model", "tiny U-ViT", "--sampler", "ddim") == 1
     assert "tiny U-ViT, ddim, batch 1, ours_none: OutOfMemoryError: no room" in capsys.readouterr().out

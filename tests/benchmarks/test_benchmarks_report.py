@@ -1,4 +1,4 @@
-"""README.md shows what the result files hold."""
+"""README.md, docs/results.md and docs/planning.md show what the result files hold."""
 
 import json
 
@@ -43,6 +43,7 @@ def step_record(variant, median_us=1500.0, **changes):
         "p20_us": 1400.0,
         "p80_us": 1600.0,
         "images_per_second": 21333.0,
+        "rounds": 12,
         "rel_error": 1e-7,
         "ratio_to_ours_none": 0.8,
         "round_ratio_to_ours_none": 0.8,
@@ -77,6 +78,20 @@ def test_links_of_a_page_in_docs_are_relative_to_it(repository, monkeypatch):
     assert "![x](images/x.png) [y](y.md) docs/z.md" in report.updated(README, page="docs/results.md")
 
 
+def test_a_page_in_docs_is_rewritten_once(repository):
+    page = repository / "docs" / "results.md"
+    page.parent.mkdir()
+    page.write_text(README)
+    write_step(repository)
+    arguments = {"pages": [page], "results": repository / "results", "root": repository}
+    assert report.main([], **arguments) == 0
+    text = page.read_text()
+    assert "With LS our step" in text
+    assert report.main(["--check"], **arguments) == 0
+    assert report.main([], **arguments) == 0
+    assert page.read_text() == text
+
+
 def test_report_is_idempotent_and_leaves_the_rest_alone(repository):
     write_step(repository)
     _, once = run(repository)
@@ -101,7 +116,7 @@ def test_a_row_shows_its_numbers_and_where_they_come_from(repository):
     assert (
         "| scalelong_fast | fp32 | 1.5 | 1.4 – 1.6 | 2.133e+04 | 12.3% | 2.00 (2.00) | 2.00 (2.00) | 1.0e-07 |" in text
     )
-    assert "With LS our step is 25.0 % longer than without." in text
+    assert "With LS our step takes 1.250 (1.250) times as long as without." in text
     where = environment.describe(environment.torch.device("cpu"))
     for fact in ("Model cpu-test", where["torch"], where["python"], where["date"], "12 interleaved rounds of 3 steps"):
         assert fact in text

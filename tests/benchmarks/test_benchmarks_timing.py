@@ -2,6 +2,7 @@
 
 import json
 import time
+import weakref
 
 import pytest
 import torch
@@ -144,34 +145,48 @@ def test_running_code_keeps_what_strings_hold():
     assert running_code(text) == 'x = """é # no comment\n\n  two  \n"""\ny = f"{x!r:>{3}} # kept"\n'
 
 
+class Held:
+    """Something that a failed call holds."""
+
+
 def test_a_call_that_fails_is_left_out_and_the_others_are_measured_anew():
-    made, told = [], []
+    held, told, entered = [], [], []
 
     def call(name):
-        made.append(name)
-        if name == "b" and made.count("b") == 2:
+        thing = Held()
+        if name == "b" and len(held) > 0:
+            held.append(weakref.ref(thing))
             raise torch.OutOfMemoryError("no room\nsecond line")
+        held.append(weakref.ref(thing))
         return 1.0
 
     def failed(name, error):
         told.append(described(name, error))
+        return ["c"]
 
-    calls = {name: lambda name=name: call(name) for name in "abc"}
-    times = survivors(lambda left: rotate(left, rounds=3), calls, failed)
-    assert times == {"a": [1.0] * 3, "c": [1.0] * 3}
+    def measure(left):
+        entered.append([thing() for thing in held])
+        return rotate(left, rounds=3)
+
+    calls = {name: lambda name=name: call(name) for name in "abcd"}
+    assert survivors(measure, calls, failed) == {"a": [1.0] * 3, "d": [1.0] * 3}
     assert told == ["b: OutOfMemoryError: no room"]
-    assert survivors(lambda left: rotate(left, rounds=3), {"b": calls["b"]}, failed) == {"b": [1.0] * 3}
+    assert len(entered) == 2
+    assert set(entered[1]) == {None}, "what the failed call held is free before the others are measured"
 
 
 def test_where_every_call_fails_nothing_is_measured():
     told = []
-    assert (
-        survivors(lambda left: rotate(left, rounds=1), dict.fromkeys("ab", lambda: 1 / 0), lambda *a: told.append(a))
-        == {}
-    )
-    assert [name for name, _ in told] == ["a", "b"]
+
+    def failed(name, error):
+        told.append(name)
+        return ()
+
+    calls = dict.fromkeys("ab", lambda: 1 / 0)
+    assert survivors(lambda left: rotate(left, rounds=1), calls, failed) == {}
+    assert told == ["a", "b"]
 
 
 def test_what_measuring_itself_raises_is_no_failed_call():
     with pytest.raises(KeyError):
-        survivors(lambda left: {}["missing"], {"a": lambda: 1.0}, lambda *_: None)
+        survivors(lambda left: {}["missing"], {"a": lambda: 1.0}, lambda *_: ())

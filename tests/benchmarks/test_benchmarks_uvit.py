@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import types
+import weakref
 
 import pytest
 import torch
@@ -190,15 +191,17 @@ def measured(names, **changes):
 
 
 def test_a_recipe_that_fails_while_it_is_timed_is_dropped(monkeypatch):
-    prepare = model_steps.prepare
+    prepare, gone = model_steps.prepare, None
 
     def fail():
         raise torch.OutOfMemoryError("no room\nsecond line")
 
     def prepared(bench, name, *args):
+        nonlocal gone
         ready = prepare(bench, name, *args)
         if name == "ours_none":
             ready.calls["fwd_bwd"] = fail
+            gone = weakref.ref(ready)
         return ready
 
     monkeypatch.setattr(model_steps, "prepare", prepared)
@@ -206,11 +209,25 @@ def test_a_recipe_that_fails_while_it_is_timed_is_dropped(monkeypatch):
     assert done.faults == ["tiny, ours_none, fwd_bwd: OutOfMemoryError: no room"]
     assert [(r["direction"], r["variant"]) for r in done.records] == [
         ("fwd", "eager_none"),
-        ("fwd", "ours_none"),
         ("fwd_bwd", "eager_none"),
         ("step", "eager_none"),
-        ("step", "ours_none"),
     ]
+    assert gone() is None, "its memory is the others'"
+
+
+def test_what_is_done_before_preparing_counts_as_time(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(model_steps, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def bench(*args):
+        now[0] += 70.0
+        return uvit.Bench(*args)
+
+    suite = dataclasses.replace(uvit.SUITE, bench=bench)
+    options = {"batch_size": 2, "rounds": 1, "steps": 1, "compiled": False, "seconds": 100.0, "screen": Screen()}
+    done = model_steps.measure(suite, "tiny", TINY, torch.device("cpu"), names=("eager_none", "eager_ls"), **options)
+    assert [record["variant"] for record in done.records] == ["eager_none"], "one is always measured"
+    assert "Time is up; not measured: tiny, eager_ls." in capsys.readouterr().out
 
 
 def test_no_recipe_is_prepared_that_would_not_fit(monkeypatch, capsys):
