@@ -30,7 +30,7 @@ COMMANDS = {
     "reproduction": "rewrite docs/reproduction.md from the findings of scalelong-fast analyze",
     "cpu": "measure what a CPU can at reduced shapes, in ten minutes, and put all on one page",
     "compare": "time the working tree against an earlier commit",
-    "report": "rewrite the tables of README.md and docs/ from the result files, or put all on one page (--html)",
+    "report": "rewrite the tables of README.md and docs/{results,planning}.md, or put all on one page (--html)",
 }
 
 #: Modules of commands that are not called like theirs.
