@@ -182,6 +182,10 @@ def picture_path(result: Mapping[str, Any]) -> str:
     return f"docs/images/ops-{re.sub(r'[^a-z0-9-]', '-', result['environment']['machine'])}.png"
 
 
+#: Behind a bar's number, which would else be crossed by the line at 1.
+_BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+
+
 def draw_all(results: Path, root: Path) -> list[str]:
     """Draw the bars of every machine's ``ops.json``; returns lines about what was not drawn."""
     notes = []
@@ -216,10 +220,10 @@ def draw(result: Mapping[str, Any], path: Path) -> bool:
             where = row + (place - (len(variants) - 1) / 2) * height
             axes.barh(where, ratio, height, color=colours[variant], label=label)
             name = f" {ratio:.2f}" + (f" {record['variant']}" if variant == "best plan" else "")
-            axes.text(ratio, where, name, va="center", fontsize=6)
+            axes.text(ratio, where, name, va="center", fontsize=6, zorder=3, bbox=_BEHIND)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(shown)), list(shown), fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlabel("speed-up over PyTorch eager, forward + backward (right of 1: faster)")
     where = result["environment"]
     axes.set_title(f"{where['machine']}, PyTorch {where['torch']}, {where['date']}", fontsize=9)
