@@ -114,17 +114,19 @@ def convergence_table(data: dict[str, Any]) -> list[str]:
 
 
 def ablation_table(data: dict[str, Any]) -> list[str]:
-    """Loss and Fréchet distance of each variant."""
+    """Loss and Fréchet distance of each variant, and in brackets of each seed: one unlike the others is seen."""
     rows = []
     for row in data["rows"]:
         cells = [row["paper"]["value"] if row["paper"] else "–"]
         for measure in ("loss", "distance"):
-            cells.append(_band(row[measure], ".4g") if row[measure] else "–")
+            each = ", ".join(f"{outcome[measure]:.3g}" for outcome in row["outcomes"] if measure in outcome)
+            cells.append(f"{_band(row[measure], '.3g')} ({each})" if row[measure] else "–")
             cells.append(row["differences"].get(measure, {}).get("verdict", "–"))
         lost = sum("loss" not in outcome for outcome in row["outcomes"])
         rows.append([row["label"] + (f" ({lost} of {len(row['outcomes'])} seeds lost)" if lost else ""), *cells])
         rows[-1].append(row["against"] or "–")
-    headings = ("variant", "the paper", "loss, mean ± 95 %", "difference", "Fréchet distance", "difference", "against")
+    measured = ("loss, mean ± 95 % (seeds)", "difference", "Fréchet distance", "difference")
+    headings = ("variant", "the paper", *measured, "against")
     return markdown(headings, rows)
 
 
