@@ -9,7 +9,7 @@ import torch
 
 from scalelong_fast.analysis import AblationSettings, Training, Units, analyze_ablation, write_finding
 from scalelong_fast.analysis.ablation import SCALES, WIDTHS, describe_recipe, measure_variant
-from scalelong_fast.analysis.ablation_report import compare, describe, to_markdown
+from scalelong_fast.analysis.ablation_report import compare, describe, draw, to_markdown
 from scalelong_fast.analysis.ablation_tables import FIGURES, TABLES, Row, Table, Variants
 from scalelong_fast.analysis.paper import REPORTED, Reported
 from scalelong_fast.errors import UserError
@@ -125,6 +125,21 @@ class TestReport:
         assert [row["differences"]["loss"]["verdict"] for row in found[1:]] == ["seeds lost", "seeds lost"]
         none_left = compare(TABLE, {name: [lost, *outcomes(1)] for name in own})
         assert "no row came through with every seed" in describe(TABLE, none_left, "tiny")
+
+    def test_a_row_that_lost_seeds_is_hollow_in_the_figure(self):
+        figure_module = pytest.importorskip("matplotlib.figure")
+        own = {"none": outcomes(1, 2), "cs": [{"diverged": 4}, *outcomes(1)], "ls": [{"diverged": 4}, {"failed": "x"}]}
+
+        def drawn(outcomes_of):
+            figure = figure_module.Figure()
+            draw(figure, TABLE, compare(TABLE, outcomes_of))
+            white = [line for axes in figure.axes for line in axes.lines if line.get_color() == "white"]
+            return len(white), figure.get_suptitle()
+
+        assert drawn(own) == (2, "an example (ScaleLong Table 0); hollow: seeds lost")
+        count, title = drawn(dict.fromkeys(own, outcomes(1, 2)))
+        assert count == 0
+        assert "hollow" not in title
 
     def test_a_number_of_the_paper_stands_beside_ours_with_its_source(self, monkeypatch):
         monkeypatch.setitem(REPORTED, ("ScaleLong Table 0", "cs"), Reported("1.23", "FID of CIFAR10", "its page 7"))

@@ -103,6 +103,16 @@ def test_gradients_are_forgotten_and_steps_are_taken():
     assert any(not torch.equal(p, before[name]) for name, p in built.model.named_parameters())
 
 
+def test_the_gradients_that_the_authors_leave_are_gone_after_another_direction():
+    bench = uvit.Bench(TINY, torch.device("cpu"), batch_size=2, compiled=False)
+    built = bench.build(uvit.RECIPES["authors_ls"])
+    calls = step_calls.calls_of(built, ("fwd_bwd", "step"))
+    calls["step"]()
+    assert any(p.grad is not None for p in built.model.parameters())
+    calls["fwd_bwd"]()
+    assert all(p.grad is None for p in built.model.parameters())
+
+
 def test_the_fused_option_reaches_the_model():
     bench = uvit.Bench(LABELLED, torch.device("cpu"), batch_size=2, compiled=False)
     assert bench._model("ls", fused=True).config.fused is True
