@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks import environment
-from benchmarks.command import add_device, add_out, device_of, finish, result_path
+from benchmarks.command import add_device, add_out, check_names, device_of, finish, result_path
 from benchmarks.screen import Screen
 from benchmarks.timing import check_seconds, interleave, round_speed_up, speed_up, summarize, synchronize
 from benchmarks.uvit import training_flop
@@ -228,6 +228,7 @@ def main(
     add_device(parser)
     add_out(parser, "step")
     options = parser.parse_args(args)
+    check_names("--variant", options.variant, VARIANTS)
     screen = Screen()
     device = device_of(options)
     try:

@@ -123,6 +123,18 @@ def _trained(scaling, seed):
     return {"loss": float(seed)}
 
 
+def diverges(monkeypatch, scaling, seed):
+    """One network of a convergence analysis does."""
+    curve = convergence_module.learning_curve
+
+    def broken(config, *args):
+        if (config.model.scaling, config.train.seed) == (scaling, seed):
+            raise DivergedError("NaN", 3)
+        return curve(config, *args)
+
+    monkeypatch.setattr(convergence_module, "learning_curve", broken)
+
+
 class TestDivergence:
     def test_networks_that_diverge_are_all_named_once_and_not_trained_again(self, tiny_training, tmp_path):
         training, units, seen = tiny_training(scalings=("none", "cs", "ls")), Units(tmp_path), []
@@ -174,14 +186,7 @@ class TestDivergence:
             analyze_oscillation(settings)
 
     def test_a_network_that_diverged_did_not_get_there(self, tiny_training, monkeypatch, tmp_path):
-        curve, follow = convergence_module.learning_curve, convergence_module.follow
-
-        def broken(config, *args):
-            if config.model.scaling == "cs" and config.train.seed == 1:
-                raise DivergedError("NaN", 3)
-            return curve(config, *args)
-
-        monkeypatch.setattr(convergence_module, "learning_curve", broken)
+        diverges(monkeypatch, "cs", seed=1)
         settings = ConvergenceSettings(
             tiny_training(scalings=("none", "cs", "ls")),
             every=1,
@@ -191,7 +196,8 @@ class TestDivergence:
             rounds=1,
             sample_every=1,
         )
-        assert follow(settings, "cs", 1) == {"steps": [], "losses": [], "sampled": [], "distances": [], "diverged": 3}
+        followed = convergence_module.follow(settings, "cs", 1)
+        assert followed == {"steps": [], "losses": [], "sampled": [], "distances": [], "diverged": 3}
         finding = analyze_convergence(settings, Units(tmp_path), workers=1)
         (level,) = finding.data["levels"]
         assert level["steps"]["cs"][0] is not None
@@ -206,14 +212,7 @@ class TestDivergence:
         assert [line.get_label() for line in figure.axes[0].lines] == ["none", "cs", "ls"]
 
     def test_a_level_relative_to_a_network_that_diverged_is_out_of_reach(self, tiny_training, monkeypatch):
-        curve = convergence_module.learning_curve
-
-        def broken(config, *args):
-            if config.model.scaling == "none" and config.train.seed == 0:
-                raise DivergedError("NaN", 3)
-            return curve(config, *args)
-
-        monkeypatch.setattr(convergence_module, "learning_curve", broken)
+        diverges(monkeypatch, "none", seed=0)
         settings = ConvergenceSettings(
             tiny_training(scalings=("none", "ls")),
             every=1,
