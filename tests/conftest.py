@@ -2,10 +2,12 @@
 
 import importlib.machinery
 import os
+import random
 import sys
 import types
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,6 +40,30 @@ except ModuleNotFoundError:
         given=_given, settings=_unchanged, example=_unchanged, assume=mock.MagicMock(), HealthCheck=mock.MagicMock()
     )
     sys.modules["hypothesis.strategies"] = sys.modules["hypothesis"].strategies = mock.MagicMock()
+
+
+def _seed_all() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_make_collect_report():
+    """What a file draws while it is imported is the same in every run, whichever files run."""
+    _seed_all()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """The same for fixtures of a whole file, whichever of its tests asks first."""
+    _seed_all()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """The same for the test itself, whether or not such fixtures drew before it: what failed once fails again."""
+    _seed_all()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,11 +4,6 @@ import torch
 from scalelong_fast.analysis import Training
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)

@@ -12,11 +12,6 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def tiny():
     """``tiny(kind, **overrides)``: a config of two long skips, 8×8 images and 16 patches."""

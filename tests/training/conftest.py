@@ -53,11 +53,6 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(scope="session")
 def tiny():
     """``tiny({"train.steps": 4})``: the digits preset (of the U-ViT) at toy size, with dotted overrides."""
