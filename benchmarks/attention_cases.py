@@ -12,7 +12,7 @@ from benchmarks.op_variants import Variant
 from scalelong_fast.errors import UserError
 from scalelong_fast.models import ModelConfig, UViTConfig
 from scalelong_fast.models.attention import attend, require_backend
-from scalelong_fast.models.cpu_attention import cpu_attention
+from scalelong_fast.models.cpu_attention import kept_attention, recomputed_attention
 from scalelong_fast.models.registry import PRESETS
 from scalelong_fast.ops.examples import Example, example_gradients
 
@@ -110,7 +110,13 @@ def variants(case: AttentionCase, device: torch.device, example: Example) -> lis
         of("xformers", _xformers_obstacle(case, device, example)),
         Variant(
             "cpu_op",
-            functools.partial(cpu_attention, scale=case.scale),
+            functools.partial(recomputed_attention, scale=case.scale),
+            obstacle=None if cpu else "for tensors on a CPU",
+            sources=(_CPU_ATTENTION,),
+        ),
+        Variant(
+            "cpu_kept",
+            functools.partial(kept_attention, scale=case.scale),
             obstacle=None if cpu else "for tensors on a CPU",
             sources=(_CPU_ATTENTION,),
         ),

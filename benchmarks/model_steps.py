@@ -21,7 +21,7 @@ from benchmarks.screen import Screen
 from benchmarks.step_bench import StepBench
 from benchmarks.step_calls import Ready, free_bytes, prepare
 from benchmarks.timing import described, interleave, round_speed_up, summarize, survivors, synchronize
-from benchmarks.variants import dtype_name
+from benchmarks.variants import as_trained, dtype_name
 from scalelong_fast.models import ModelConfig
 from scalelong_fast.models.registry import model_config
 
@@ -137,6 +137,7 @@ def measure(
                 steps=steps,
                 wait=lambda: synchronize(device),
                 tick=lambda _: advance(),
+                around=lambda key: as_trained(key[0], device),
                 deadline=begun + seconds,
             )
 

@@ -13,7 +13,7 @@ from benchmarks.command import add_device, add_out, check_names, device_of, fini
 from benchmarks.screen import Screen
 from benchmarks.timing import check_seconds, interleave, round_speed_up, speed_up, summarize, synchronize
 from benchmarks.uvit import training_flop
-from benchmarks.variants import HASHES, MODEL, VARIANTS, Variant, Workbench
+from benchmarks.variants import HASHES, MODEL, VARIANTS, Variant, Workbench, as_trained
 from scalelong_fast.errors import check_range, unknown_name
 from scalelong_fast.models import UViTConfig
 from scalelong_fast.training.checkpoint import write_json
@@ -118,6 +118,7 @@ def measure(
             steps=steps,
             wait=lambda: synchronize(device),
             tick=lambda name: advance(),
+            around=lambda name: as_trained(name, device),
             deadline=begun + seconds,
         )
     shape = [batch_size, model.in_chans, model.img_size, model.img_size]

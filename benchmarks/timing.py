@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -117,6 +118,7 @@ def interleave(
     steps: int,
     wait: Callable[[], None] = lambda: None,
     tick: Callable[[Name], None] = lambda name: None,
+    around: Callable[[Name], AbstractContextManager[object]] = lambda name: nullcontext(),
     clock: Callable[[], float] = time.perf_counter,
     deadline: float = math.inf,
 ) -> dict[Name, list[float]]:
@@ -130,6 +132,7 @@ def interleave(
         steps: timed calls of a visit.
         wait: blocks until queued work is done; called before each reading of the clock.
         tick: told the name of the variant after each visit.
+        around: the context in which the variant of a name is visited.
         clock: seconds, monotonic.
         deadline: as for :func:`rotate`.
 
@@ -137,16 +140,17 @@ def interleave(
         Seconds per step by name: one number, a visit's mean, for each round.
     """
 
-    def visit(step: Callable[[], object]) -> float:
-        step()
-        wait()
-        start = clock()
-        for _ in range(steps):
+    def visit(name: Name, step: Callable[[], object]) -> float:
+        with around(name):
             step()
-        wait()
-        return (clock() - start) / steps
+            wait()
+            start = clock()
+            for _ in range(steps):
+                step()
+            wait()
+            return (clock() - start) / steps
 
-    visits = {name: functools.partial(visit, step) for name, step in variants.items()}
+    visits = {name: functools.partial(visit, name, step) for name, step in variants.items()}
     return rotate(visits, rounds=rounds, tick=tick, deadline=deadline)
 
 

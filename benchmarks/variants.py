@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from scalelong_fast.data import ImageDataset, to_unit_range
 from scalelong_fast.diffusion import create_schedule
 from scalelong_fast.integrations import load_uvit_checkpoint
 from scalelong_fast.models import UViT, UViTConfig
+from scalelong_fast.training.allocator import keep_freed_memory
 from scalelong_fast.training.batches import BatchSource
 from scalelong_fast.training.config import DataConfig, RunConfig, TrainConfig
 from scalelong_fast.training.hardware import Execution, resolve_execution
@@ -44,6 +46,7 @@ COMMON_SOURCES = (
     "scalelong_fast/models/long_skip.py",
     "scalelong_fast/plain.py",
     "scalelong_fast/scaling/base.py",
+    "scalelong_fast/training/allocator.py",
     "scalelong_fast/training/ema.py",
     "scalelong_fast/training/hardware.py",
     "scalelong_fast/training/optim.py",
@@ -174,6 +177,11 @@ class Workbench:
         model = AuthorsUViT(dataclasses.replace(self.config, scaling=scaling))
         model.load_state_dict(copy.deepcopy(self._weights(scaling)))
         return model.to(self.device)
+
+
+def as_trained(name: str, device: torch.device) -> AbstractContextManager[object]:
+    """Where the steps called ``name`` run: as our training loop has the memory, or, for the authors', left alone."""
+    return nullcontext() if name.startswith("authors") else keep_freed_memory(device)
 
 
 def dtype_name(autocast: torch.dtype | None) -> str:

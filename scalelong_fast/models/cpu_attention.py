@@ -1,8 +1,8 @@
-"""bf16 self-attention for CPUs, a few images at a time, so that the logits never leave the cache.
+"""bf16 self-attention for CPUs, by explicit products.
 
-PyTorch's flash kernel for CPUs has a slow bf16 backward, and explicit products over the whole batch send B·H·L² logits
-through main memory five times. Torch 2.13, two cores of an AMD EPYC (Zen 4), forward and backward of (B, H, L, d) =
-(32, 8, 257, 32): flash in bf16 180 ms, flash in float32 134 ms, explicit 125 to 152 ms, this 87 ms.
+PyTorch's flash kernel for CPUs has a slow bf16 backward. Where the weights of the softmax are few they are kept for the
+backward, as autograd does; else a few images at a time are worked on, so that the logits never leave the cache, and the
+backward makes them anew. ``python -m benchmarks attention`` compares.
 """
 
 from collections.abc import Iterator
@@ -10,9 +10,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-#: Logits worked on at a time, in bytes: two images of 8 heads and 257 tokens. One image at a time pays for more calls
-#: (135 ms instead of 87), four at a time leave the second-level caches (116 ms).
+#: Logits that :func:`recomputed_attention` works on at a time, in bytes: two images of 8 heads and 257 tokens. One
+#: image at a time pays for more calls, four at a time leave the second-level caches.
 CHUNK_BYTES = 5 << 19
+#: Weights of one softmax that may be kept for the backward, in bytes.
+KEPT_BYTES = 1 << 26
 
 
 def _chunks(qkv: Tensor, scale: float) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -31,7 +33,7 @@ def _merge(x: Tensor, heads: int) -> Tensor:
 
 
 @torch.library.custom_op("scalelong_fast::cpu_attention", mutates_args=())
-def cpu_attention(qkv: Tensor, scale: float) -> Tensor:
+def recomputed_attention(qkv: Tensor, scale: float) -> Tensor:
     """Softmax attention of the joint projection.
 
     Args:
@@ -50,7 +52,7 @@ def cpu_attention(qkv: Tensor, scale: float) -> Tensor:
     return out.view(batch, length, heads * width)
 
 
-@cpu_attention.register_fake
+@recomputed_attention.register_fake
 def _(qkv: Tensor, scale: float) -> Tensor:
     batch, length, _, heads, width = qkv.shape
     return qkv.new_empty(batch, length, heads * width)
@@ -58,7 +60,7 @@ def _(qkv: Tensor, scale: float) -> Tensor:
 
 @torch.library.custom_op("scalelong_fast::cpu_attention_backward", mutates_args=())
 def cpu_attention_backward(grad: Tensor, qkv: Tensor, scale: float) -> Tensor:
-    """Gradient of :func:`cpu_attention` with respect to ``qkv``, given that of its output ``(B, L, H · d)``."""
+    """Gradient of :func:`recomputed_attention` with respect to ``qkv``, given that of its output ``(B, L, H · d)``."""
     batch, length, _, heads, width = qkv.shape
     grad = grad.reshape(batch, length, heads, width)
     out = torch.empty(qkv.shape, dtype=qkv.dtype)
@@ -88,4 +90,22 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
     return cpu_attention_backward(grad, qkv, ctx.scale), None
 
 
-cpu_attention.register_autograd(_backward, setup_context=_setup)
+recomputed_attention.register_autograd(_backward, setup_context=_setup)
+
+
+def kept_attention(qkv: Tensor, scale: float) -> Tensor:
+    """:func:`recomputed_attention` whose backward is autograd's, from the weights of the softmax, ``(B, H, L, L)``."""
+    batch, length, _, heads, width = qkv.shape
+    with torch.autocast("cpu", enabled=False):
+        q, k, v = (part.reshape(-1, length, width) for part in qkv.permute(2, 0, 3, 1, 4).unbind(0))
+        out = torch.bmm(torch.bmm(q * scale, k.mT).softmax(-1), v)
+        return _merge(out, heads).reshape(batch, length, heads * width)
+
+
+def cpu_attention(qkv: Tensor, scale: float) -> Tensor:
+    """Softmax attention by :func:`kept_attention` or :func:`recomputed_attention`; arguments and result are theirs."""
+    batch, length, _, heads, _ = qkv.shape
+    differentiated = torch.is_grad_enabled() and qkv.requires_grad
+    if differentiated and batch * heads * length**2 * qkv.element_size() <= KEPT_BYTES:
+        return kept_attention(qkv, scale)
+    return recomputed_attention(qkv, scale)

@@ -16,6 +16,8 @@ from scalelong_fast.plain import is_plain
 
 #: Rows multiplied at a time.
 CHUNK_ROWS = 1024
+#: Rows from which pieces pay.
+LEAST_ROWS = 6 * CHUNK_ROWS
 
 
 def _pieces(rows: int) -> Iterator[slice]:
@@ -86,7 +88,7 @@ cpu_linear.register_autograd(_backward, setup_context=_setup)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``, by :func:`cpu_linear` where bf16 is multiplied on a CPU.
+    """``F.linear``, by :func:`cpu_linear` where many rows of bf16 are multiplied on a CPU.
 
     Args:
         x: ``(..., K)``.
@@ -98,7 +100,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-    if not on_cpu(x) or dtype != torch.bfloat16 or (not autocast and weight.dtype != dtype):
+    few = x.shape[:-1].numel() < LEAST_ROWS
+    if few or not on_cpu(x) or dtype != torch.bfloat16 or (not autocast and weight.dtype != dtype):
         return F.linear(x, weight, bias)
     out = cpu_linear(x.to(dtype), weight.to(dtype))
     return out if bias is None else out + bias.to(dtype)

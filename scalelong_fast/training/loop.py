@@ -14,6 +14,7 @@ from scalelong_fast.data import TrainingSet, open_training_set
 from scalelong_fast.diffusion import create_schedule
 from scalelong_fast.errors import UserError
 from scalelong_fast.models import UViT, build_model
+from scalelong_fast.training.allocator import keep_freed_memory
 from scalelong_fast.training.batches import BatchSource
 from scalelong_fast.training.checkpoint import CheckpointFolder
 from scalelong_fast.training.checks import (
@@ -176,7 +177,7 @@ class Trainer:
             self.say,
         )
         try:
-            with instruments:
+            with instruments, keep_freed_memory(self.train_step.execution.device):
                 reached = self._loop(step, batches, log, instruments)
             self.checkpoints.wait()
         finally:

@@ -35,7 +35,7 @@ def test_every_backend_is_timed_and_the_report_takes_the_file(tmp_path, capsys):
     assert run(out) == 0
     assert "cpu_op" in capsys.readouterr().out
     records = json.loads(out.read_text())["records"]
-    assert len(records) == 2 * 3 * 5  # dtypes, directions, backends
+    assert len(records) == 2 * 3 * 6  # dtypes, directions, backends
     for record in records:
         assert record["source_sha256"] == environment.source_hash(record["sources"])
         assert record["failed"] is False
@@ -48,7 +48,7 @@ def test_every_backend_is_timed_and_the_report_takes_the_file(tmp_path, capsys):
         assert record["tflop_s"] == pytest.approx(record["flop"] / record["median_us"] / 1e6, rel=1e-3)
         assert record["time_over_sdpa"] > 0
     timed = {(record["variant"], record["dtype"]) for record in records if not record["note"]}
-    backends = {"math", "authors_fp32", "sdpa", "cpu_op"}
+    backends = {"math", "authors_fp32", "sdpa", "cpu_op", "cpu_kept"}
     assert timed == {(b, d) for b in backends for d in ("bfloat16", "float32")} - {("authors_fp32", "float32")}
     table = report.render("attention", tmp_path / "results")
     assert "| uvit_digits | 3 × 17 × 2 × 16 | bf16 | cpu_op |" in table
@@ -67,7 +67,7 @@ def test_a_part_is_measured_anew_and_the_rest_kept(tmp_path):
 
 
 def test_a_backend_that_computes_something_else_is_no_time(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(attention_cases, "cpu_attention", lambda qkv, scale: 1.1 * qkv[:, :, 2].flatten(2))
+    monkeypatch.setattr(attention_cases, "recomputed_attention", lambda qkv, scale: 1.1 * qkv[:, :, 2].flatten(2))
     out = tmp_path / "attention.json"
     assert run(out, selected=TINY[1:]) == 1
     assert "cpu_op: wrong result" in capsys.readouterr().out

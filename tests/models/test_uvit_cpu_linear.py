@@ -69,6 +69,7 @@ class TestProject:
     def calls(self, monkeypatch):
         calls = []
         monkeypatch.setattr(module, "cpu_linear", lambda *args: calls.append(1) or cpu_linear(*args))
+        monkeypatch.setattr(module, "LEAST_ROWS", 2)
         return calls
 
     @pytest.mark.parametrize("bias", [True, False])
@@ -86,6 +87,15 @@ class TestProject:
         layer = nn.Linear(8, 6).bfloat16()
         assert project(layer, torch.randn(2, 8).bfloat16()).dtype == torch.bfloat16
         assert calls
+
+    def test_few_rows_are_multiplied_at_once(self, calls, monkeypatch):
+        monkeypatch.setattr(module, "LEAST_ROWS", 7)
+        layer, x = nn.Linear(8, 6).bfloat16(), torch.randn(3, 7, 8).bfloat16()
+        assert torch.equal(project(layer, x[0, :6]), layer(x[0, :6]))
+        assert not calls
+        project(layer, x[0])
+        project(layer, x)
+        assert len(calls) == 2
 
     def test_leaves_everything_else_to_the_layer(self, calls):
         layer, x = nn.Linear(8, 6), torch.randn(2, 8)
