@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import gc
 import importlib.machinery
 import os
 import random
@@ -11,9 +12,42 @@ import numpy as np
 import pytest
 import torch
 
+
+def _patch_the_language_once_a_launch():
+    """Spare Triton's interpreter a third of its time, which goes into preparing triton.language.
+
+    It is prepared at a launch and put back afterwards, and prepared in the same way again at each call of a function
+    by a kernel, where nothing puts it back before the launch's end.
+    """
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    if not hasattr(interpreter, "_LangPatchScope") or not hasattr(interpreter, "_patch_lang"):
+        return  # another version, which may do otherwise
+    patch, prepared = interpreter._patch_lang, set()
+
+    class Scope(interpreter._LangPatchScope):
+        def restore(self):
+            prepared.clear()
+            super().restore()
+
+    def patch_once(fn):
+        modules = (interpreter.tl, interpreter.tl.core)
+        seen = frozenset(id(value) for value in fn.__globals__.values() if any(value is m for m in modules))
+        scope = Scope()
+        if seen not in prepared:
+            prepared.add(seen)
+            scope._changes = patch(fn)._changes
+        return scope
+
+    interpreter._patch_lang = patch_once
+
+
 if not torch.cuda.is_available():
     # Before anything imports Triton: its interpreter runs the kernels on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    _patch_the_language_once_a_launch()
 # No folder: plans that somebody tuned on this computer are none of the tests' business.
 os.environ["SCALELONG_CACHE"] = os.devnull
 
@@ -73,6 +107,13 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _settled():
+    """What is there when a file's tests begin stays: collections, of which a training makes two, pass it by."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -211,8 +211,7 @@ def test_descriptors_take_tensors_that_start_anywhere(device, close):
     close(grad_skip, exact["grad_skip"])
 
 
-@FORMS
-@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize(("tma", "chunks"), [(False, 1), (True, 1), (True, 2)])  # chunks are of descriptors alone
 def test_any_order_and_number_of_programs(device, poisoned, close, monkeypatch, tma, chunks):
     """More bands, programs and chunks than the tables ask for."""
     case = Case((1, 200, 64, 40, 136), device=device)

@@ -9,6 +9,7 @@ from scalelong_fast.training.collector import QuietCollector
 
 @pytest.fixture(autouse=True)
 def _as_before():
+    gc.unfreeze()
     yield
     gc.unfreeze()
     gc.enable()
